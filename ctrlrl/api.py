@@ -1,0 +1,139 @@
+"""The registries' public face: build an agent by name, load one, list what there is."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+
+from ctrlrl.engine import config as configs
+from ctrlrl.engine import runfolder
+from ctrlrl.engine.on_policy import OnPolicyAgent
+from ctrlrl.losses import base as losses
+from ctrlrl.losses.base import PolicyLoss
+from ctrlrl.types import EnvSpec
+
+
+class Method(NamedTuple):
+    """One line of ``ctrlrl list methods``."""
+
+    name: str
+    family: str
+    paper: str
+    capabilities: frozenset[str]
+    agent: type[OnPolicyAgent]
+
+
+_PROVIDED = frozenset({"values", "dist_old", "sequence_return"})
+"""What the on-policy loop can put into a batch."""
+
+
+@functools.cache
+def agent_classes() -> dict[str, type[OnPolicyAgent]]:
+    """Agent classes by class name (PPO, BPO, ...), one for each loss the on-policy loop can run."""
+    classes: dict[str, type[OnPolicyAgent]] = {}
+    for name in losses.names():
+        loss = losses.get(name)
+        if loss.needs <= _PROVIDED:
+            document = f"On-policy agent with the {name} loss. {loss.__doc__}\n\nPaper: {loss.paper}"
+            classes[loss.__name__] = type(loss.__name__, (OnPolicyAgent,), {"method": name, "__doc__": document})
+    return classes
+
+
+def methods() -> dict[str, Method]:
+    """All trainable methods by name."""
+    found = {}
+    for cls in agent_classes().values():
+        loss = losses.get(cls.method)
+        found[cls.method] = Method(cls.method, "on-policy", loss.paper, cls.capabilities, cls)
+    return found
+
+
+def available(kind: str = "methods") -> list[str]:
+    """Names of ``kind``: "methods", "losses" or "envs"."""
+    if kind == "methods":
+        return sorted(methods())
+    if kind == "losses":
+        return losses.names()
+    if kind == "envs":
+        return sorted(gym.registry)
+    raise ValueError(f"nothing is listed under {kind!r}; expected methods, losses or envs")
+
+
+def get_method(name: str) -> type[OnPolicyAgent]:
+    """The agent class of ``name``, or of the user's own loss ``package.module:Class``.
+
+    Raises:
+        KeyError: Unknown, with the nearest names.
+    """
+    if ":" in name:
+        loss = losses.get(name)
+        _check_needs(loss)
+        return type(loss.__name__, (OnPolicyAgent,), {"method": name, "__doc__": loss.__doc__})
+    known = methods()
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise KeyError(f"no method named {name!r}.{hint} Known: {', '.join(sorted(known))}")
+    return known[name].agent
+
+
+def _check_needs(loss: type[PolicyLoss]) -> None:
+    missing = loss.needs - _PROVIDED
+    if missing:
+        raise KeyError(f"the loss {loss.__name__} needs {', '.join(sorted(missing))}, which the on-policy loop has not")
+
+
+def make(method: str, env: str | EnvSpec | gym.Env | gym.vector.VectorEnv, **settings: Any) -> OnPolicyAgent:
+    """Build an agent: ``make("bpo", env="HalfCheetah-v5", seed=0, n_envs=8, lam=1e-2)``.
+
+    Args:
+        method: A name from ``available("methods")``, or ``package.module:Class`` of your own loss.
+        env: Gymnasium id, EnvSpec or live environment.
+        **settings: ``seed``, ``n_envs``, ``backend``, ``env_kwargs``, ``preset``, and every hyper-parameter by name.
+    """
+    return get_method(method)(env, **settings)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    checkpoint: str = "last",
+    env: str | EnvSpec | gym.Env | gym.vector.VectorEnv | None = None,
+    device: str | None = None,
+    encoder: Any = None,
+) -> OnPolicyAgent:
+    """The agent saved in a run folder or by ``agent.save``.
+
+    Args:
+        folder: Run folder.
+        checkpoint: last, best, or interrupted (after Ctrl-C).
+        env: Replaces the recorded environment; needed for agents trained on a live one without an id.
+        device: Replaces the recorded device.
+        encoder: The encoder class, if the agent was built with one that cannot be imported by name.
+
+    Raises:
+        FileNotFoundError: Not a run.
+        CheckpointError: Damaged, or of another method or other spaces.
+    """
+    document = runfolder.read_config(folder)
+    spec = document["env"]
+    if env is None:
+        if spec is None:
+            raise ValueError(f"{folder} was trained on a live environment without an id; pass it as env=")
+        wrappers = tuple((path, dict(kwargs)) for path, kwargs in spec["wrappers"])
+        env = EnvSpec(**{**spec, "wrappers": wrappers})
+    settings = dict(document["config"])
+    settings |= settings.pop("network")
+    if device is not None:
+        settings["device"] = device
+    elif str(settings["device"]).startswith("cuda"):
+        settings["device"] = "auto"
+    cls = get_method(document["method"])
+    loss = losses.get(document["method"])
+    settings |= {k: v for k, v in document["loss"].items() if k in configs.field_names(loss)}
+    agent = cls(env, seed=document["seed"], encoder=encoder, **settings)
+    agent.load_checkpoint(folder, checkpoint)
+    return agent

@@ -1,0 +1,1 @@
+"""Pure tensor functions that every policy-optimisation method is composed of."""

@@ -1,0 +1,202 @@
+"""What every method offers: act, evaluate, save, load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ctrlrl.engine import checkpoint, environments, runfolder
+from ctrlrl.engine.evaluate import Evaluation, evaluate
+from ctrlrl.engine.seeding import derive, generator
+from ctrlrl.types import EnvSpec, Obs
+
+
+class Agent:
+    """A policy on an environment. Subclasses train it; this class acts, evaluates and saves.
+
+    Attributes:
+        method: Name in the registry.
+        env_spec: What the environment is built from; None for a live environment that has no id.
+        policy: Module with ``act``, ``deterministic``, ``noise`` and ``to_env`` (see nets.actor_critic).
+        steps: Environment steps trained.
+    """
+
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    """What the method promises; the contract suite checks each."""
+
+    method: str
+    env_spec: EnvSpec | None
+    observation_space: gym.Space
+    action_space: gym.Space
+    policy: nn.Module
+    device: torch.device
+    seed: int
+    steps: int = 0
+
+    # -- acting -------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """The environment's action at one observation or at a batch of them (Stable-Baselines3's signature).
+
+        Args:
+            observation: Raw observation, array or dict of arrays, with or without a leading batch dimension.
+            state: Recurrent state; passed through, these policies have none.
+            episode_start: Ignored without recurrent state.
+            deterministic: The mode of the distribution, or a sample.
+
+        Raises:
+            ValueError: The observation does not fit the observation space.
+        """
+        obs, batched = self._as_batch(observation)
+        count = (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
+        with torch.inference_mode():
+            if deterministic:
+                action = self.policy.deterministic(obs)  # type: ignore[operator]
+            else:
+                noise = self.policy.noise(1, count, self._predict_generator())[0]  # type: ignore[operator]
+                drawn = self.policy.act(obs, noise.to(self.device))  # type: ignore[operator]
+                action = self.policy.to_env(obs, drawn)  # type: ignore[operator]
+        result = action.cpu().numpy().astype(self.action_space.dtype, copy=False)
+        return (result if batched else result[0]), state
+
+    def evaluate(
+        self, episodes: int = 100, deterministic: bool = True, n_envs: int | None = None, seed: int | None = None
+    ) -> Evaluation:
+        """Run whole episodes in fresh environments and return the raw returns.
+
+        Args:
+            episodes: How many; episode k starts from a seed derived from (seed, k).
+            deterministic: Act by the mode or by sampling.
+            n_envs: Environments side by side; the result does not depend on it when acting deterministically
+                up to the rounding of a batched network.
+            seed: Defaults to the agent's seed.
+        """
+        if episodes < 1:
+            raise ValueError(f"episodes={episodes} must be at least 1")
+        if self.env_spec is None:
+            raise ValueError(
+                "this agent was built on a live environment without an id, which cannot be rebuilt for evaluation; "
+                "register it with gymnasium and pass its id or an EnvSpec"
+            )
+        width = min(episodes, n_envs or 10)
+        spec = EnvSpec(self.env_spec.id, self.env_spec.kwargs, self.env_spec.wrappers, width, "sync")
+        env = environments.make_vector(spec, autoreset="disabled")
+        try:
+            with environments.torch_threads(getattr(getattr(self, "config", None), "threads", None)):
+                return evaluate(env, lambda o, _: self._act_batch(o, deterministic), episodes, self._eval_seed(seed))
+        finally:
+            env.close()
+
+    def _eval_seed(self, seed: int | None) -> int:
+        return derive(self.seed if seed is None else seed, "evaluate")
+
+    def _act_batch(self, observation: Any, deterministic: bool) -> np.ndarray:
+        return self.predict(observation, deterministic=deterministic)[0]
+
+    def _predict_generator(self) -> torch.Generator:
+        if not hasattr(self, "_generator"):
+            self._generator = generator(self.seed, "predict")
+        return self._generator
+
+    def _as_batch(self, observation: Any) -> tuple[Obs, bool]:
+        """``observation`` as tensors with a batch dimension, and whether it had one."""
+        if isinstance(self.observation_space, gym.spaces.Dict):
+            if not isinstance(observation, Mapping) or set(observation) != set(self.observation_space.spaces):
+                found = sorted(observation) if isinstance(observation, Mapping) else type(observation).__name__
+                raise ValueError(
+                    f"expected a dict observation with keys {sorted(self.observation_space.spaces)}, found {found}"
+                )
+            parts = {k: self._leaf(observation[k], s, k) for k, s in self.observation_space.spaces.items()}
+            batched = {b for _, b in parts.values()}
+            if len(batched) > 1:
+                raise ValueError("some entries of the dict observation have a batch dimension and some have not")
+            return {k: v for k, (v, _) in parts.items()}, batched.pop()
+        return self._leaf(observation, self.observation_space, "")
+
+    def _leaf(self, value: Any, space: gym.Space, key: str) -> tuple[Tensor, bool]:
+        array = np.asarray(value)
+        shape = space.shape or ()
+        name = f"observation {key!r}" if key else "observation"
+        if array.dtype == object or not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+            raise ValueError(f"{name} has dtype {array.dtype}; expected numbers of {space.dtype}")
+        if np.issubdtype(space.dtype, np.integer) and np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{name} has dtype {array.dtype}; expected {space.dtype}")
+        if array.shape == shape:
+            batched = False
+        elif array.shape[1:] == shape and array.ndim == len(shape) + 1:
+            batched = True
+        else:
+            raise ValueError(f"{name} has shape {array.shape}; expected {shape} or (batch, *{shape})")
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return (tensor if batched else tensor.unsqueeze(0)), batched
+
+    # -- saving -------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the agent into ``folder`` (made if needed): config.json and checkpoints/last.safetensors.
+
+        Raises:
+            FileExistsError: The folder holds files that are not an agent's.
+        """
+        target = Path(folder)
+        runfolder.guard_target(target)
+        (target / runfolder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        runfolder.write_json(target / runfolder.CONFIG, self.document())
+        runfolder.write_json(target / runfolder.VERSIONS, runfolder.versions())
+        self.write_checkpoint(target, "last")
+        return target
+
+    def document(self) -> dict[str, Any]:
+        """The content of config.json: everything needed to build this agent again."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds, by name."""
+        return {f"policy/{k}": v for k, v in self.policy.state_dict().items()}
+
+    def counters(self) -> dict[str, Any]:
+        """Everything a checkpoint holds beside tensors; JSON values."""
+        return {"steps": self.steps}
+
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Take over what :meth:`tensors` and :meth:`counters` gave."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be loaded into this agent."""
+        return {
+            "method": self.method,
+            "observation_space": environments.space_to_json(self.observation_space),
+            "action_space": environments.space_to_json(self.action_space),
+        }
+
+    def write_checkpoint(self, folder: Path, name: str) -> Path:
+        """Write checkpoints/<name>.safetensors in ``folder``, all of it or nothing."""
+        path = folder / runfolder.CHECKPOINTS / f"{name}.safetensors"
+        checkpoint.write(path, self.tensors(), {**self.identity(), **self.counters()})
+        return path
+
+    def load_checkpoint(self, folder: str | os.PathLike[str], name: str = "last") -> None:
+        """Read checkpoints/<name>.safetensors of ``folder`` into this agent.
+
+        Raises:
+            CheckpointError: Missing, damaged, of another method, or of other spaces.
+        """
+        path = Path(folder) / runfolder.CHECKPOINTS / f"{name}.safetensors"
+        tensors, state = checkpoint.read(path, expect=self.identity())
+        self.restore(tensors, state)

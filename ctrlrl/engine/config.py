@@ -1,0 +1,167 @@
+"""The settings of the on-policy loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from ctrlrl.losses.base import PolicyLoss
+from ctrlrl.nets.actor_critic import NetworkConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, has a wrong value, or contradicts another one."""
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    """Collect, estimate, update: everything but the loss."""
+
+    n_steps: int = 2048
+    """Steps per environment and iteration."""
+    batch_size: int | None = 64
+    """Rows per optimiser step; None takes the whole rollout."""
+    epochs: int = 10
+    """Passes over each rollout."""
+    learning_rate: float = 3e-4
+    """Adam's learning rate."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the learning rate, or let it fall linearly to 0 at the last step."""
+    gamma: float = 0.99
+    """Discount per environment step."""
+    gae_lambda: float = 0.95
+    """Decay of the advantage estimator: 0 is one-step TD, 1 is Monte Carlo."""
+    value_coef: float = 0.5
+    """Weight of the value function's squared error."""
+    value_clip: float | None = None
+    """Largest change of a value prediction that earns a gradient, in (normalised) return units; None is off."""
+    value_epochs: int | None = None
+    """Passes of a separate value update, after the policy's; None trains both in one objective."""
+    value_batch_size: int | None = None
+    """Rows per step of the separate value update; None takes the whole rollout."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float | None = 0.5
+    """Largest norm of the whole gradient; None is off."""
+    target_kl: float | None = None
+    """Stop the policy's update once the estimated KL from the old policy passes 1.5 times this; None is off."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon."""
+    normalize_obs: bool = True
+    """Bring float observations to mean 0 and deviation 1 by running statistics, saved with the policy."""
+    normalize_reward: bool = True
+    """Divide rewards by the running deviation of the discounted return."""
+    clip_obs: float = 10.0
+    """Bound on normalised observations."""
+    clip_reward: float = 10.0
+    """Bound on normalised rewards."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """Shape of the policy network."""
+    checkpoint_every: int = 50_000
+    """Environment steps between checkpoints, rounded up to whole iterations and at least ten of them. The
+    environments are recreated at each, which is what makes a resumed run equal to an uninterrupted one."""
+    eval_every: int | None = 50_000
+    """Environment steps between evaluations; None never evaluates."""
+    eval_episodes: int = 10
+    """Deterministic episodes per evaluation."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
+    threads: int | None = None
+    """Torch threads on the CPU; None picks one for small networks and all cores for large ones."""
+    compile: bool = False
+    """Compile the update with torch.compile: about ten to twenty seconds once, then three to four times faster."""
+    cudagraphs: bool = False
+    """Replay the update as a CUDA graph; needs a GPU."""
+    steps_per_graph: int = 4
+    """Optimiser steps unrolled into one compiled graph or CUDA graph."""
+    micro_batches: int = 1
+    """Split every optimiser step's batch into this many parts, to save memory; the result is the same."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "n_steps batch_size epochs value_epochs value_batch_size value_clip max_grad_norm target_kl adam_eps "
+            "clip_obs clip_reward checkpoint_every eval_every eval_episodes threads steps_per_graph micro_batches"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value} must be positive")
+        for name in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("learning_rate", "value_coef", "entropy_coef"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        if self.learning_rate_schedule not in ("constant", "linear"):
+            raise ConfigError(f"learning_rate_schedule={self.learning_rate_schedule!r}: expected constant or linear")
+        if self.value_batch_size is not None and self.value_epochs is None:
+            raise ConfigError("value_batch_size is set but value_epochs is not: there is no separate value update")
+
+
+def field_names(cls: type) -> list[str]:
+    """Names of a dataclass's fields."""
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def build(
+    loss_type: type[PolicyLoss], settings: Mapping[str, Any], preset: str | None = None
+) -> tuple[OnPolicyConfig, PolicyLoss]:
+    """Sort flat ``settings`` into the loop's, the network's and the loss's fields, over the method's defaults.
+
+    Later wins: defaults of the loop, of the method, of the preset, then ``settings``. Unknown names raise
+    :class:`ConfigError` with the nearest known ones.
+    """
+    merged: dict[str, Any] = dict(loss_type.loop_defaults)
+    if preset is not None:
+        if preset not in loss_type.presets:
+            known = ", ".join(loss_type.presets) or "none"
+            raise ConfigError(f"{loss_type.name} has no preset {preset!r}; known: {known}")
+        merged |= loss_type.presets[preset]
+    merged |= settings
+    groups: list[type] = [OnPolicyConfig, NetworkConfig, loss_type]
+    parts: list[dict[str, Any]] = [{}, {}, {}]
+    for name, value in merged.items():
+        for part, group in zip(parts, groups, strict=True):
+            if name in field_names(group):
+                part[name] = value
+                break
+        else:
+            known = [n for group in groups for n in field_names(group)]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{loss_type.name} has no setting {name!r}.{hint}")
+    loop, network, loss = parts
+    for name in ("actor_hidden", "critic_hidden"):
+        if name in network:
+            network[name] = tuple(network[name])
+    if network:
+        loop["network"] = dataclasses.replace(loop.get("network", NetworkConfig()), **network)
+    try:
+        return OnPolicyConfig(**loop), loss_type(**loss)
+    except TypeError as error:
+        raise ConfigError(f"{loss_type.name}: {error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON-able nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    """The inverse of :func:`to_dict`, for flat dataclasses and those with a ``network``."""
+    known = field_names(cls)
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}: written by another version of ctrlrl?")
+    values = dict(data)
+    if isinstance(values.get("network"), Mapping):
+        network = dict(values["network"])
+        for name in ("actor_hidden", "critic_hidden"):
+            network[name] = tuple(network[name])
+        values["network"] = NetworkConfig(**network)
+    return cls(**values)

@@ -1,0 +1,70 @@
+"""Honest evaluation: a fixed number of whole episodes, each from a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+from ctrlrl.engine.seeding import derive
+
+
+class Evaluation(NamedTuple):
+    """Raw results, one entry per episode, in the order of their seeds."""
+
+    returns: np.ndarray
+    """[episodes] undiscounted sums of the environment's own rewards."""
+    lengths: np.ndarray
+    """[episodes] steps."""
+    seeds: np.ndarray
+    """[episodes] reset seeds."""
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(self.returns.mean())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns over episodes."""
+        return float(self.returns.std())
+
+
+def evaluate(
+    env: gym.vector.VectorEnv, act: Callable[[Any, np.ndarray], np.ndarray], episodes: int, seed: int
+) -> Evaluation:
+    """Run ``episodes`` episodes of ``act(obs, episode_index [N]) -> actions`` on a vector environment.
+
+    The environment's autoreset must be disabled. Episode ``k`` is reset with a seed derived from
+    ``(seed, k)``, so its result does not depend on how many environments run beside it, and no episode is
+    counted because it was short (as happens when the first to finish are taken).
+    """
+    mode = env.metadata.get("autoreset_mode")
+    if mode != gym.vector.AutoresetMode.DISABLED:
+        raise ValueError(f"evaluation needs a vector environment with autoreset disabled, found {mode}")
+    n = min(env.num_envs, episodes)
+    seeds = np.array([derive(seed, "evaluation", k) for k in range(episodes)])
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
+    index = np.minimum(np.arange(env.num_envs), episodes - 1)
+    active = np.arange(env.num_envs) < n
+    waiting = n
+    obs, _ = env.reset(seed=[int(seeds[k]) for k in index])
+    while active.any():
+        obs, reward, terminated, truncated, _ = env.step(act(obs, index))
+        returns[index[active]] += np.asarray(reward)[active]
+        lengths[index[active]] += 1
+        ended = np.logical_or(terminated, truncated)
+        if not ended.any():
+            continue
+        for i in np.flatnonzero(ended):
+            if active[i] and waiting < episodes:
+                index[i] = waiting
+                waiting += 1
+            else:
+                # a finished place idles on a reset episode that is not counted
+                active[i] = False
+        if active.any():
+            obs, _ = env.reset(seed=[int(seeds[k]) for k in index], options={"reset_mask": ended})
+    return Evaluation(returns, lengths, seeds)

@@ -1,0 +1,498 @@
+"""The on-policy loop: collect, estimate, update, log, save. It runs every policy-optimisation loss."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.core import advantage
+from ctrlrl.engine import environments, runfolder
+from ctrlrl.engine.agent import Agent
+from ctrlrl.engine.collector import Collector, next_values
+from ctrlrl.engine.config import OnPolicyConfig, build, to_dict
+from ctrlrl.engine.errors import CheckpointError, NonFiniteError
+from ctrlrl.engine.evaluate import Evaluation
+from ctrlrl.engine.log import Progress, RunLogger
+from ctrlrl.engine.seeding import derive, generator
+from ctrlrl.engine.update import Updater, compiler_available
+from ctrlrl.losses import base as losses
+from ctrlrl.nets.actor_critic import ActorCritic
+from ctrlrl.nets.normalizer import RewardNormalizer
+from ctrlrl.types import Backend, EnvSpec, SequenceBatch
+
+logger = logging.getLogger("ctrlrl")
+
+SMALL_NETWORK = 300_000
+"""Parameters below which one CPU thread is faster than several."""
+
+
+class Callback(Protocol):
+    """Hooks into training; each may return False to stop after the current iteration. All are optional."""
+
+    def on_update(self, agent: OnPolicyAgent, step: int, metrics: Mapping[str, float]) -> bool | None:
+        """After every iteration, with everything that was logged."""
+
+    def on_evaluation(self, agent: OnPolicyAgent, step: int, evaluation: Evaluation) -> bool | None:
+        """After every periodic evaluation."""
+
+    def on_checkpoint(self, agent: OnPolicyAgent, step: int, path: Path) -> bool | None:
+        """After every checkpoint."""
+
+
+class OnPolicyAgent(Agent):
+    """An agent trained by the on-policy loop with one policy loss.
+
+    Args:
+        env: Gymnasium id, EnvSpec, or a live environment (single or vector).
+        method: Name of the loss, or ``package.module:Class``. Classes such as ``ctrlrl.PPO`` fix it.
+        seed: Seed of everything.
+        n_envs: Environments side by side; an EnvSpec or a live vector environment brings its own.
+        backend: sync, async, envpool or auto.
+        env_kwargs: Keyword arguments of the environment, with an id.
+        preset: Named settings of the method.
+        encoder: Your own encoder class (see NetworkConfig.encoder), if it cannot be imported by name.
+        **settings: Fields of OnPolicyConfig, NetworkConfig and the loss, by name.
+    """
+
+    method = ""
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        {"resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile", "cudagraphs"}
+    )
+
+    def __init__(
+        self,
+        env: str | EnvSpec | gym.Env | gym.vector.VectorEnv,
+        method: str | None = None,
+        *,
+        seed: int = 0,
+        n_envs: int | None = None,
+        backend: Backend | None = None,
+        env_kwargs: dict[str, Any] | None = None,
+        preset: str | None = None,
+        encoder: Any = None,
+        **settings: Any,
+    ) -> None:
+        self.method = method or self.method
+        config, self.loss = build(losses.get(self.method), settings, preset)
+        self.seed = int(seed)
+        resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
+        self._live = None if isinstance(resolved, EnvSpec) else resolved
+        self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
+        self.observation_space, self.action_space = environments.spaces(resolved)
+        self.n_envs = self.env_spec.n_envs if self._live is None and self.env_spec else environments.width(resolved)
+        self.device = _device(config.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.seed, "network"))
+            self.policy = ActorCritic(
+                self.observation_space,
+                self.action_space,
+                config.network,
+                self.loss.critics,
+                config.normalize_obs,
+                config.clip_obs,
+                encoder,
+            ).to(self.device)
+        threads = config.threads or self._threads()
+        self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
+        self.reward_normalizer = RewardNormalizer(self.n_envs, config.gamma, config.clip_reward).to(self.device)
+        compile = self.config.compile
+        if compile and not compiler_available() and self.device.type == "cpu":
+            logger.warning("--compile needs a C++ compiler (g++ or clang++) and none was found: running eager.")
+            compile = False
+        self.updater = Updater(self.policy, self.loss, self.config, compile)
+        self.controllers = self.loss.controllers()
+        self.controller_states = {k: c.initial() for k, c in self.controllers.items()}
+        self.iteration = self.steps = 0
+        self.span = (0, 0)
+        self.stats: dict[str, float] = {}
+        self.best = -math.inf
+        self.episodes = 0
+        self.recent: deque[tuple[float, int]] = deque(maxlen=100)
+        self.run_dir: Path | None = None
+        self.timings = {"simulation_s": 0.0, "inference_s": 0.0, "update_s": 0.0, "rest_s": 0.0}
+
+    # -- training -----------------------------------------------------------------------------
+
+    def learn(
+        self,
+        steps: int,
+        *,
+        run_dir: str | os.PathLike[str] | None = None,
+        root: str | os.PathLike[str] | None = "runs",
+        callbacks: Sequence[Any] = (),
+        progress: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        tensorboard: bool = True,
+    ) -> OnPolicyAgent:
+        """Train for ``steps`` more environment steps (rounded up to whole iterations) and return the agent.
+
+        Args:
+            steps: Environment steps, counted over all environments.
+            run_dir: Folder of the run; None makes one below ``root``.
+            root: Where run folders are made; None (with no ``run_dir``) writes no files at all.
+            callbacks: Objects with any of the methods of :class:`Callback`.
+            progress: Show a live display.
+            wandb: Arguments of wandb.init to also log there.
+            tensorboard: Also write TensorBoard files.
+
+        Ctrl-C finishes the iteration, saves, and says how to resume; a second one stops at once.
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1")
+        if run_dir is not None:
+            runfolder.guard_target(run_dir)
+            self.run_dir = Path(run_dir)
+            (self.run_dir / runfolder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        elif root is not None:
+            self.run_dir = runfolder.create(root, self._env_name(), self.method, self.seed)
+        else:
+            self.run_dir = None
+        self.span = (self.steps, self.steps + steps)
+        if self.run_dir is not None:
+            runfolder.write_json(self.run_dir / runfolder.CONFIG, self.document())
+            with environments.torch_threads(self.config.threads):
+                runfolder.write_json(self.run_dir / runfolder.VERSIONS, runfolder.versions())
+            self.write_checkpoint(self.run_dir, "last")
+        return self._train(callbacks, progress, wandb, tensorboard, resume=False)
+
+    def resume(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        callbacks: Sequence[Any] = (),
+        progress: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        tensorboard: bool = True,
+    ) -> OnPolicyAgent:
+        """Continue the run in ``run_dir`` from its last checkpoint to its planned end."""
+        self.run_dir = Path(run_dir)
+        self.load_checkpoint(self.run_dir, "last")
+        if self.steps >= self.span[1]:
+            return self
+        return self._train(callbacks, progress, wandb, tensorboard, resume=True)
+
+    def _train(
+        self, callbacks: Sequence[Any], progress: bool, wandb: Mapping[str, Any] | None, tensorboard: bool, resume: bool
+    ) -> OnPolicyAgent:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(environments.torch_threads(self.config.threads))
+            interrupted = stack.enter_context(_interruptible())
+            log = None
+            if self.run_dir is not None:
+                log = RunLogger(
+                    self.run_dir,
+                    tensorboard,
+                    None if wandb is None else dict(wandb),
+                    resume_step=self.steps if resume else None,
+                )
+                stack.callback(log.close)
+            label = f"{self.method} {self._env_name()}"
+            bar = stack.enter_context(Progress(self.span[1], self.steps, label, enabled=progress))
+            collector = Collector(
+                self.env_spec if self._live is None else self._live,
+                self.policy,
+                self.config.n_steps,
+                device=self.device,
+                seed=self.seed,
+                dump_dir=self.run_dir,
+            )
+            stack.callback(collector.close)
+            try:
+                self._loop(collector, log, bar, callbacks, interrupted)
+            except NonFiniteError as error:
+                if self.run_dir is not None:
+                    last = self.run_dir / runfolder.CHECKPOINTS / "last.safetensors"
+                    error.add_note(f"The last saved state is {last}.")
+                raise
+        return self
+
+    def _loop(
+        self,
+        collector: Collector,
+        log: RunLogger | None,
+        bar: Progress,
+        callbacks: Sequence[Any],
+        interrupted: Mapping[str, bool],
+    ) -> None:
+        per_iteration = self.config.n_steps * self.n_envs
+        border_every = max(10, math.ceil(self.config.checkpoint_every / per_iteration))
+        self.stopped = False
+        first = self.iteration
+        clock = time.perf_counter()
+        while self.steps < self.span[1] and not self.stopped:
+            if self.iteration == first or self.iteration % border_every == 0:
+                collector.border(self.seed, self.iteration)
+                self.reward_normalizer.restart()
+            metrics = self._iterate(collector)
+            now = time.perf_counter()
+            metrics["time/fps"] = per_iteration / (now - clock)
+            clock = now
+            metrics |= self._progress_metrics()
+            bar.update(self.steps, metrics)
+            if log is not None:
+                log.log(self.steps, metrics)
+            self._notify(callbacks, "on_update", metrics)
+            if self._due(self.config.eval_every, per_iteration):
+                self._evaluate(log, bar, callbacks)
+            finished = self.steps >= self.span[1] or self.stopped
+            if self.run_dir is not None and (finished or self.iteration % border_every == 0):
+                if log is not None:
+                    log.flush()
+                path = self.write_checkpoint(self.run_dir, "last")
+                self._notify(callbacks, "on_checkpoint", path)
+            if interrupted["asked"] and not finished:
+                if self.run_dir is not None:
+                    self.write_checkpoint(self.run_dir, "interrupted")
+                raise Interrupted(self.run_dir, self.steps)
+
+    def _iterate(self, collector: Collector) -> dict[str, float]:
+        """One iteration: collect, estimate, update. Returns what to log."""
+        began = time.perf_counter()
+        collected = collector.collect(generator(self.seed, "actions", self.iteration))
+        collecting = time.perf_counter() - began
+        batch = self._estimate(collected)
+        knobs, rates = self._knobs()
+        updating = time.perf_counter()
+        found = self.updater.run(batch, knobs, generator(self.seed, "shuffle", self.iteration))
+        metrics = self._accept(found, batch)
+        updated = time.perf_counter()
+        self.policy.update_normalizer(collected.obs, collected.valid_t)  # type: ignore[operator]
+        self.iteration += 1
+        self.steps += self.config.n_steps * self.n_envs
+        for episode in collected.episodes:
+            self.recent.append(episode)
+        self.episodes += len(collected.episodes)
+        self.stats = {"approx_kl": metrics.get("approx_kl", 0.0)}
+        self.timings["simulation_s"] += collected.simulation_s
+        self.timings["inference_s"] += collecting - collected.simulation_s
+        self.timings["update_s"] += updated - updating
+        self.timings["rest_s"] += (updating - began - collecting) + (time.perf_counter() - updated)
+        return {f"train/{k}": v for k, v in (metrics | rates).items()}
+
+    @torch.no_grad()
+    def _estimate(self, collected: Any) -> SequenceBatch:
+        """Values, log-probabilities, scaled rewards and advantages of a rollout, as the batch the losses see."""
+        c, config = collected, self.config
+        value, value_t = next_values(lambda o: self.policy.values(o)["value"], c)  # type: ignore[operator]
+        cut_t = c.terminated_t | c.truncated_t | ~c.valid_t
+        reward_t = self.reward_normalizer(c.reward_t, cut_t, c.valid_t) if config.normalize_reward else c.reward_t
+        discount_t = config.gamma * (~c.terminated_t).float()
+        gain = advantage.gae(reward_t.float(), discount_t, cut_t, value, value_t, config.gae_lambda)
+        out = self.policy(c.obs, c.action)
+        rollout = c.rollout(value=value, value_t=value_t, logp_old=out.logp, advantage=gain, value_target=gain + value)
+        batch = rollout.flat()
+        if "dist_old" in self.loss.needs:
+            batch = batch._replace(dist_old={k: v.flatten(0, 1).unsqueeze(1) for k, v in out.dist.params().items()})
+        return batch
+
+    def _knobs(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Scalars for this iteration, as tensors for the update and as numbers for the log."""
+        start, end = self.span
+        stats = {**self.stats, "progress": (self.steps - start) / max(end - start, 1)}
+        rate = self.config.learning_rate
+        if self.config.learning_rate_schedule == "linear":
+            rate *= 1.0 - stats["progress"]
+        numbers = {"learning_rate": rate}
+        for name, controller in self.controllers.items():
+            self.controller_states[name], knobs = controller.step(self.controller_states[name], stats)
+            numbers |= knobs
+        return {k: torch.tensor(v, device=self.device) for k, v in numbers.items()}, numbers
+
+    def _accept(self, found: dict[str, Tensor], batch: SequenceBatch) -> dict[str, float]:
+        """Check the update for NaN, make it the policy's, and average its metrics."""
+        names = list(found)
+        means = torch.stack([found[n].float().mean() for n in names]).tolist()
+        metrics = dict(zip(names, means, strict=True))
+        if not all(math.isfinite(v) for v in means):
+            self._refuse(found, batch)
+        self.updater.accept()
+        mask = batch.mask
+        target, value = batch.value_target[mask], batch.value_old[mask]
+        variance = target.var()
+        metrics["explained_variance"] = float(1.0 - (target - value).var() / variance) if variance > 0 else math.nan
+        log_std = getattr(self.policy.head, "log_std", None)
+        if log_std is not None:
+            metrics["std"] = float(log_std.detach().exp().mean())
+        metrics["n_updates"] = float((self.iteration + 1) * self.config.epochs)
+        return metrics
+
+    def _refuse(self, found: dict[str, Tensor], batch: SequenceBatch) -> None:
+        name = next(n for n in found if not found[n].isfinite().all())
+        step = int((~found[name].isfinite()).nonzero()[0])
+        dump = None
+        if self.run_dir is not None:
+            from ctrlrl.engine import checkpoint
+
+            dump = self.run_dir / "nan_update.safetensors"
+            tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+            if isinstance(batch.obs, dict):
+                tensors |= {f"obs/{k}": v for k, v in batch.obs.items()}
+            checkpoint.write(dump, tensors, {"kind": "update batch", "quantity": name, "optimiser_step": step})
+        raise NonFiniteError(
+            what=name,
+            env_index=None,
+            step=self.steps,
+            dump=dump,
+            detail=f"optimiser step {step} of iteration {self.iteration}; the parameters before it were kept",
+        )
+
+    def _progress_metrics(self) -> dict[str, float]:
+        values: dict[str, float] = {
+            "time/iterations": self.iteration,
+            "time/total_timesteps": self.steps,
+            "time/episodes": self.episodes,
+        }
+        if self.recent:
+            values["rollout/ep_rew_mean"] = float(np.mean([r for r, _ in self.recent]))
+            values["rollout/ep_len_mean"] = float(np.mean([n for _, n in self.recent]))
+        return values
+
+    def _due(self, every: int | None, per_iteration: int) -> bool:
+        """Whether a multiple of ``every`` steps was passed in this iteration, or the run ends here."""
+        if every is None or self.env_spec is None:
+            return False
+        return self.steps // every > (self.steps - per_iteration) // every or self.steps >= self.span[1]
+
+    def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Sequence[Any]) -> None:
+        result = self.evaluate(self.config.eval_episodes)
+        bar.update(self.steps, {"eval/mean_reward": result.mean})
+        if log is not None:
+            extra = {"deterministic": True, "checkpoint": "current", "seeds": result.seeds.tolist()}
+            log.evaluation(self.steps, result.returns.tolist(), result.lengths.tolist(), extra)
+        if result.mean > self.best:
+            self.best = result.mean
+            if self.run_dir is not None:
+                self.write_checkpoint(self.run_dir, "best")
+        self._notify(callbacks, "on_evaluation", result)
+
+    def _notify(self, callbacks: Sequence[Any], hook: str, value: Any) -> None:
+        for callback in callbacks:
+            method = getattr(callback, hook, None)
+            if method is not None and method(self, self.steps, value) is False:
+                self.stopped = True
+
+    # -- state --------------------------------------------------------------------------------
+
+    def document(self) -> dict[str, Any]:
+        spaces = {k: v for k, v in self.identity().items() if k.endswith("_space")}
+        env = dataclasses.asdict(self.env_spec) if self.env_spec is not None else None
+        return {
+            "format": runfolder.FORMAT,
+            "method": self.method,
+            "env": env,
+            "config": to_dict(self.config),
+            "loss": to_dict(self.loss),
+            "seed": self.seed,
+            "n_envs": self.n_envs,
+            "spaces": spaces,
+            "total_steps": self.span[1],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = self.updater.state
+        return {
+            **super().tensors(),
+            "optimizer/m": state.m,
+            "optimizer/v": state.v,
+            "optimizer/count": state.count,
+            **{f"reward/{k}": v for k, v in self.reward_normalizer.state_dict().items()},
+        }
+
+    def counters(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "steps": self.steps,
+            "span": list(self.span),
+            "controllers": self.controller_states,
+            "stats": self.stats,
+            "best": self.best,
+            "episodes": self.episodes,
+            "recent": [list(e) for e in self.recent],
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        state = self.updater.state
+        _load(self.policy, tensors, "policy/")
+        _load(self.reward_normalizer, tensors, "reward/")
+        if tensors["optimizer/m"].shape != state.m.shape:
+            raise CheckpointError("the checkpoint's network differs in size from this agent's; use the run's config")
+        self.updater.state = state._replace(
+            m=tensors["optimizer/m"].to(self.device),
+            v=tensors["optimizer/v"].to(self.device),
+            count=tensors["optimizer/count"].to(self.device),
+        )
+        self.iteration, self.steps = counters["iteration"], counters["steps"]
+        self.span = (counters["span"][0], counters["span"][1])
+        self.controller_states = counters["controllers"]
+        self.stats = counters["stats"]
+        self.best, self.episodes = counters["best"], counters["episodes"]
+        self.recent = deque(((e[0], int(e[1])) for e in counters["recent"]), maxlen=100)
+
+    def _env_name(self) -> str:
+        return self.env_spec.id if self.env_spec is not None else "live"
+
+    def _threads(self) -> int:
+        size = sum(p.numel() for p in self.policy.parameters())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        images = bool(self.policy.preprocess.images)  # type: ignore[union-attr]
+        return 1 if size < SMALL_NETWORK and not images else cores
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C after saving."""
+
+    def __init__(self, run_dir: Path | None, steps: int) -> None:
+        super().__init__(f"stopped at step {steps}")
+        self.run_dir, self.steps = run_dir, steps
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[dict[str, bool]]:
+    """Turn the first Ctrl-C into a request; the second one raises KeyboardInterrupt. Main thread only."""
+    asked = {"asked": False}
+
+    def handle(number: int, frame: Any) -> None:
+        if asked["asked"]:
+            raise KeyboardInterrupt
+        asked["asked"] = True
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use 'cpu'")
+    return device
+
+
+def _load(module: torch.nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit this agent's network: {error}") from error

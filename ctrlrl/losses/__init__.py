@@ -1,0 +1,1 @@
+"""Policy-optimisation losses, one file each; the file's name is the key."""

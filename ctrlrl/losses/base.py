@@ -1,0 +1,198 @@
+"""The contract of a policy-optimisation loss, and the registry of all of them.
+
+A loss is a frozen dataclass: its fields are its hyper-parameters. The runner
+
+1. calls ``prepare`` once on the whole update batch (everything one optimiser step sees) and gets
+   stop-gradient coefficients, the weight of every position and the denominator;
+2. splits the batch into micro-batches, never inside the rows that ``together`` ties;
+3. calls ``loss`` on each and adds up: sums, never means, so that a split changes nothing;
+4. divides by the denominator, differentiates, lets ``grad_transform`` act on the flat gradient.
+
+File name = registry key. Nothing outside this folder compares a loss's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from ctrlrl.core import advantage as adv
+from ctrlrl.core import penalty, ratio, reduce
+from ctrlrl.core.control import Controller
+from ctrlrl.types import PolicyOutput, SequenceBatch
+
+Knobs: TypeAlias = Mapping[str, Tensor]
+Need: TypeAlias = Literal[
+    "values", "groups", "turns", "tasks", "logp_ref", "logp_behaviour", "dist_old", "demonstrations", "sequence_return"
+]
+L = TypeVar("L", bound="type[PolicyLoss]")
+
+
+class Prepared(NamedTuple):
+    """What ``prepare`` found out about the whole update batch; all of it without gradient."""
+
+    coef: dict[str, Tensor]
+    """[B, T] coefficients that ``loss`` will find in ``batch.coef``."""
+    weight: Tensor
+    """[B, T] non-negative weight of each position; zero where masked."""
+    denominator: Tensor
+    """Scalar that divides the sum of the whole update batch."""
+
+
+class LossSum(NamedTuple):
+    """Sums over one micro-batch."""
+
+    policy: Tensor
+    """Scalar: weighted sum of the policy objective, to be divided by ``Prepared.denominator``."""
+    critics: dict[str, Tensor]
+    """Masked sums of extra critic terms, coefficients included, to be divided by the number of valid positions."""
+    metrics: dict[str, Tensor]
+    """Masked sums of quantities to log, divided likewise."""
+
+
+GradientOf: TypeAlias = Callable[[Callable[[SequenceBatch, PolicyOutput], Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Base of all losses. A variant overrides ``per_token`` and little else."""
+
+    name: ClassVar[str]
+    """Registry key; set by :func:`register` from the file name."""
+    paper: ClassVar[str]
+    """Authors' title and identifier."""
+    differs: ClassVar[str] = ""
+    """Where this differs from the paper or from the released code."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What the runner must provide in the batch."""
+    critics: ClassVar[tuple[str, ...]] = ("value",)
+    """Names of the scalar critics that the policy network must have."""
+    loop_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the loop's configuration in which this method's defaults differ."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings: fields of the loss or of the loop."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if (field.name.startswith("eps") or field.name == "lam" or field.name.endswith("_temp")) and not value > 0:
+                raise ValueError(f"{field.name}={value} must be positive")
+            if field.name.endswith("_coef") and not value >= 0:
+                raise ValueError(f"{field.name}={value} must not be negative")
+
+    # -- the contract -------------------------------------------------------------------------
+
+    def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
+        """See the whole update batch once. Default: advantages as they are, mean over valid positions."""
+        weight, denominator = reduce.token_mean(batch.mask)
+        return Prepared({"advantage": self.advantage(batch)}, weight, denominator)
+
+    def together(self, batch: SequenceBatch) -> Tensor | None:
+        """[B] ids of rows that must share an update batch and a micro-batch; None if rows are independent."""
+        return batch.group if "groups" in self.needs else None
+
+    def loss(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> LossSum:
+        """Sums over a micro-batch. Losses that couple rows override this; the others ``per_token``."""
+        weight = batch.weight
+        if weight is None:
+            raise ValueError("batch.weight is missing: call prepare() and batch._replace(weight=...) first")
+        mask = batch.mask
+        return LossSum(
+            reduce.weighted_sum(self.per_token(batch, out, knobs), weight),
+            {k: reduce.masked_sum(v, mask) for k, v in self.critic_terms(batch, out, knobs).items()},
+            {k: reduce.masked_sum(v.detach(), mask) for k, v in self.metrics(batch, out, knobs).items()},
+        )
+
+    def grad_transform(self, grad: Tensor, gradient_of: GradientOf, knobs: Knobs) -> Tensor:
+        """Act on the flat gradient [P]. ``gradient_of(f)`` is the gradient of ``sum f(batch, out) / denominator``."""
+        return grad
+
+    def controllers(self) -> dict[str, Controller]:
+        """Small state machines, run once per iteration; their knobs reach ``prepare`` and ``loss`` as scalars."""
+        return {}
+
+    # -- parts a variant fills in -------------------------------------------------------------
+
+    def per_token(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> Tensor:
+        """[B, T] objective to be minimised at each position; never masked or averaged here."""
+        raise NotImplementedError(f"{type(self).__name__} must define per_token or loss")
+
+    def advantage(self, batch: SequenceBatch) -> Tensor:
+        """[B, T] the advantage that ``per_token`` will find in ``batch.coef["advantage"]``."""
+        return batch.advantage
+
+    def critic_terms(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
+        """[B, T] losses of critics beside the value function, each times its coefficient."""
+        return {}
+
+    def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
+        """[B, T] quantities worth logging, averaged over valid positions."""
+        log_ratio = ratio.log_ratio(out.logp, batch.logp_old, batch.mask)
+        return {"approx_kl": penalty.kl_k3(log_ratio)}
+
+
+def standardised(batch: SequenceBatch) -> Tensor:
+    """[B, T] advantages with mean 0 and deviation 1 over the valid positions of the update batch."""
+    return adv.standardise(batch.advantage, batch.mask)
+
+
+# -- registry -------------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, type[PolicyLoss]] = {}
+
+
+def register(cls: L) -> L:
+    """Class decorator: enter a loss under its file's name. Two losses of one name are an error."""
+    name = cls.__module__.rsplit(".", 1)[-1]
+    if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
+        raise ValueError(f"a loss named {name!r} is registered already, by {_REGISTRY[name].__module__}")
+    cls.name = name
+    _REGISTRY[name] = cls
+    return cls
+
+
+def names() -> list[str]:
+    """Keys of all losses of this package, sorted."""
+    import ctrlrl.losses as package
+
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name != "base":
+            importlib.import_module(f"{package.__name__}.{info.name}")
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[PolicyLoss]:
+    """The loss called ``name``; ``package.module:Class`` loads the user's own.
+
+    Raises ``KeyError`` naming the nearest known names.
+    """
+    if ":" in name:
+        return _load(name)
+    known = names()
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise KeyError(f"no loss named {name!r}.{hint} Known: {', '.join(known)}")
+    return _REGISTRY[name]
+
+
+def _load(path: str) -> type[PolicyLoss]:
+    module, _, attribute = path.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise KeyError(f"cannot load the loss {path!r}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, PolicyLoss) and dataclasses.is_dataclass(cls)):
+        raise KeyError(f"{path!r} is not a dataclass deriving from ctrlrl.losses.base.PolicyLoss")
+    if "name" not in cls.__dict__:
+        cls.name = path
+    return cls

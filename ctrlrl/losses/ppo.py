@@ -1,0 +1,42 @@
+"""Proximal policy optimisation: the clipped surrogate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ctrlrl.core import gate, head, ratio
+from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register, standardised
+from ctrlrl.types import PolicyOutput, SequenceBatch
+
+
+@register
+@dataclass(frozen=True)
+class PPO(PolicyLoss):
+    """-min(r A, clip(r, 1 - eps, 1 + eps) A)
+
+    The gradient is that of |A| |r - (1 + eps sign A)| with a dead zone: zero once r has passed its target.
+    """
+
+    paper: ClassVar[str] = "Proximal Policy Optimization Algorithms, arXiv:1707.06347, eq. 7"
+    needs: ClassVar[frozenset[Need]] = frozenset({"values"})
+
+    eps: float = 0.2
+    """Half-width of the band in which the ratio earns a gradient."""
+    standardize_advantage: bool = True
+    """Bring the advantages of each update batch to mean 0 and deviation 1."""
+
+    def advantage(self, batch: SequenceBatch) -> Tensor:
+        return standardised(batch) if self.standardize_advantage else batch.advantage
+
+    def per_token(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> Tensor:
+        assert batch.coef is not None
+        r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
+        return -head.clipped_surrogate(r, batch.coef["advantage"], self.eps, self.eps)
+
+    def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
+        r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
+        outside = gate.clipped(r, self.eps, self.eps).to(r.dtype)
+        return {**super().metrics(batch, out, knobs), "clip_fraction": outside}

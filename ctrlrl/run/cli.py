@@ -1,0 +1,328 @@
+"""The command line: ctrlrl train | eval | play | report | list."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ctrlrl.types import Backend
+
+VERBS = {
+    "train": "train an agent: ctrlrl train bpo --env HalfCheetah-v5 --steps 1_000_000",
+    "eval": "evaluate a run: ctrlrl eval RUN --episodes 100",
+    "play": "watch a run, or record it: ctrlrl play RUN --video agent.mp4",
+    "report": "compare runs on one page: ctrlrl report RUN...",
+    "list": "what there is: ctrlrl list methods|losses|envs",
+}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Where and how long to train."""
+
+    env: str
+    """Gymnasium id, for example HalfCheetah-v5."""
+    steps: int = 1_000_000
+    """Environment steps, over all environments."""
+    seed: int = 0
+    """Seed of everything."""
+    n_envs: int = 1
+    """Environments side by side."""
+    backend: Backend = "auto"
+    """sync (this process), async (one process each), envpool (C++ threads), or auto: envpool where it is installed
+    and has the environment, sync elsewhere."""
+    env_kwargs: str = "{}"
+    """Keyword arguments of the environment, as JSON."""
+    preset: str | None = None
+    """Named settings of the method (ctrlrl list methods shows them); other flags override it."""
+    root: Path = Path("runs")
+    """Folder under which the run's folder is made."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (extra: ctrlrl[wandb])."""
+    quiet: bool = False
+    """No progress display."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run and print the returns."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    episodes: int = 100
+    """Whole episodes, each from a seed of its own."""
+    checkpoint: str = "last"
+    """last, best or interrupted."""
+    stochastic: bool = False
+    """Sample the actions instead of taking the mode."""
+    seed: int | None = None
+    """Seed of the episodes; the run's own by default."""
+    out: Path | None = None
+    """Also write the raw returns to this JSON file."""
+
+
+@dataclass(frozen=True)
+class Play:
+    """Run the agent in one environment, on screen or into a film."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    episodes: int = 1
+    """Episodes to play."""
+    checkpoint: str = "last"
+    """last, best or interrupted."""
+    video: Path | None = None
+    """Write an mp4 here instead of opening a window."""
+    stochastic: bool = False
+    """Sample the actions instead of taking the mode."""
+    seed: int = 0
+    """Seed of the episodes."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Compare runs on one self-contained HTML page."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, or folders above them."""
+    out: Path = Path("report")
+    """Folder for the page and its pictures."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue a stopped run from its last checkpoint."""
+
+    resume: Path
+    """Run folder."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project."""
+    quiet: bool = False
+    """No progress display."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Errors of the user are one line, without a traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: ctrlrl VERB ...\n")
+        print("\n".join(f"  {verb:8} {text}" for verb, text in VERBS.items()))
+        print("\nctrlrl VERB --help shows every option; ctrlrl train METHOD --help every hyper-parameter.")
+        return 0
+    if words[0] == "--version":
+        from ctrlrl import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        return _fail(f"no verb {verb!r}.{_near(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
+    from ctrlrl.engine.on_policy import Interrupted
+
+    try:
+        return {"train": _train, "eval": _eval, "play": _play, "report": _report, "list": _list}[verb](rest)
+    except Interrupted as stop:
+        if stop.run_dir is None:
+            return _fail("stopped; nothing was saved, there is no run folder", 130)
+        print(f"\nStopped at step {stop.steps:,}. The policy is saved.")
+        print(f"Resume (from the last checkpoint) with: ctrlrl train --resume {stop.run_dir}")
+        return 130
+    except KeyboardInterrupt:
+        return _fail("stopped at once; ctrlrl train --resume RUN continues from the last checkpoint", 130)
+    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        notes = " ".join(getattr(error, "__notes__", []))
+        return _fail(f"{text} {notes}".strip(), 1)
+
+
+def _train(words: list[str]) -> int:
+    from ctrlrl import api
+
+    if any(w == "--resume" or w.startswith("--resume=") for w in words):
+        return _resume(tyro.cli(Resume, args=words, prog="ctrlrl train"))
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: ctrlrl train METHOD --env ID [--steps N] [options]\n       ctrlrl train --resume RUN\n")
+        print(f"methods: {', '.join(api.available('methods'))}")
+        print("\nctrlrl train METHOD --help shows every hyper-parameter with its meaning and default.")
+        return 0
+    if words[0].startswith("-"):
+        return _fail("the method comes first: ctrlrl train METHOD --env ID", 2)
+    cls = api.get_method(words[0])
+    run, settings = _parse_training(cls.method, words[1:])
+    try:
+        env_kwargs = json.loads(run.env_kwargs)
+    except ValueError as error:
+        return _fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"ctrl_cost_weight\": 0.1}}'", 2)
+    agent = cls(
+        run.env, seed=run.seed, n_envs=run.n_envs, backend=run.backend, env_kwargs=env_kwargs, **settings
+    )
+    wandb = None if run.wandb is None else {"project": run.wandb}
+    agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb)
+    return _finish(agent)
+
+
+def _parse_training(method: str, words: list[str]) -> tuple[Train, dict[str, Any]]:
+    """Flags of the run, the loop, the network and the loss in one flat parser, over the method's defaults."""
+    from ctrlrl.engine.config import build
+    from ctrlrl.losses import base as losses
+
+    preset = None
+    for i, word in enumerate(words):
+        if word == "--preset" and i + 1 < len(words):
+            preset = words[i + 1]
+        elif word.startswith("--preset="):
+            preset = word.partition("=")[2]
+    config, loss = build(losses.get(method), {}, preset)
+    flat = tyro.conf.OmitArgPrefixes
+    parser = dataclasses.make_dataclass(
+        "Training",
+        [
+            ("run", flat[Train]),
+            ("loss", flat[type(loss)], dataclasses.field(default=loss)),
+            ("loop", flat[type(config)], dataclasses.field(default=config)),
+        ],
+        frozen=True,
+    )
+    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=f"{loss.paper}\n\n{loss.__doc__}")
+    loop = {f.name: getattr(parsed.loop, f.name) for f in dataclasses.fields(parsed.loop)}
+    network = loop.pop("network")
+    settings = loop | {f.name: getattr(network, f.name) for f in dataclasses.fields(network)}
+    return parsed.run, settings | {f.name: getattr(parsed.loss, f.name) for f in dataclasses.fields(parsed.loss)}
+
+
+def _resume(options: Resume) -> int:
+    from ctrlrl import api
+
+    agent = api.load(options.resume)
+    if agent.steps >= agent.span[1]:
+        print(f"{options.resume} is finished: {agent.steps:,} of {agent.span[1]:,} steps.")
+        return 0
+    wandb = None if options.wandb is None else {"project": options.wandb}
+    agent.resume(options.resume, progress=not options.quiet, wandb=wandb)
+    return _finish(agent)
+
+
+def _finish(agent: Any) -> int:
+    from ctrlrl.engine.runfolder import read_evaluations
+
+    print(f"\nRun folder: {agent.run_dir}")
+    evaluations = read_evaluations(agent.run_dir)
+    if evaluations:
+        returns = evaluations[-1]["returns"]
+        mean = sum(returns) / len(returns)
+        print(f"Last evaluation: mean return {mean:.1f} over {len(returns)} deterministic episodes.")
+    print(f"Look at it: ctrlrl report {agent.run_dir}")
+    return 0
+
+
+def _eval(words: list[str]) -> int:
+    from ctrlrl import api
+    from ctrlrl.engine.runfolder import write_json
+
+    options = tyro.cli(Eval, args=words, prog="ctrlrl eval")
+    agent = api.load(options.run, options.checkpoint)
+    result = agent.evaluate(options.episodes, deterministic=not options.stochastic, seed=options.seed)
+    if options.out is not None:
+        write_json(
+            options.out,
+            {
+                "run": options.run,
+                "checkpoint": options.checkpoint,
+                "steps": agent.steps,
+                "deterministic": not options.stochastic,
+                "returns": result.returns,
+                "lengths": result.lengths,
+                "seeds": result.seeds,
+            },
+        )
+    kind = "stochastic" if options.stochastic else "deterministic"
+    print(
+        f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint at {agent.steps:,} steps, "
+        f"{options.episodes} {kind} episodes"
+    )
+    quartiles = sorted(result.returns)
+    print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")
+    print(f"  lowest {quartiles[0]:.2f}, median {quartiles[len(quartiles) // 2]:.2f}, highest {quartiles[-1]:.2f}")
+    return 0
+
+
+def _play(words: list[str]) -> int:
+    from ctrlrl import api
+    from ctrlrl.run.play import play
+
+    options = tyro.cli(Play, args=words, prog="ctrlrl play")
+    agent = api.load(options.run, options.checkpoint)
+    returns = play(
+        agent, options.episodes, options.video, deterministic=not options.stochastic, seed=options.seed
+    )
+    for k, value in enumerate(returns):
+        print(f"episode {k}: return {value:.2f}")
+    if options.video is not None:
+        print(f"Video: {options.video}")
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    from ctrlrl.engine.runfolder import find_runs
+    from ctrlrl.run.report import report
+
+    options = tyro.cli(Report, args=words, prog="ctrlrl report")
+    if not options.runs:
+        return _fail("name one run folder at least: ctrlrl report RUN...", 2)
+    page = report(find_runs(options.runs), options.out)
+    print(f"Report: {page}")
+    return 0
+
+
+def _list(words: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ctrlrl import api
+    from ctrlrl.losses import base as losses
+
+    kinds = ("methods", "losses", "envs")
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: ctrlrl list {'|'.join(kinds)}")
+        return 0
+    if words[0] not in kinds:
+        return _fail(f"nothing is listed under {words[0]!r}.{_near(words[0], kinds)} Expected {', '.join(kinds)}", 2)
+    table = Table(box=None, pad_edge=False)
+    if words[0] == "envs":
+        from ctrlrl.engine.environments import listed
+
+        table.add_column("id", style="bold")
+        table.add_column("backends")
+        for name, backends in listed():
+            table.add_row(name, ", ".join(backends))
+    else:
+        table.add_column("name", style="bold", no_wrap=True)
+        table.add_column("paper")
+        table.add_column("presets" if words[0] == "methods" else "needs")
+        for name in api.available(words[0]):
+            loss = losses.get(name)
+            table.add_row(name, loss.paper, ", ".join(loss.presets if words[0] == "methods" else sorted(loss.needs)))
+    Console().print(table)
+    return 0
+
+
+def _near(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"ctrlrl: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

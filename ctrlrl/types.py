@@ -1,0 +1,171 @@
+"""Shared values: batches, policy outputs, environment specification and protocols.
+
+Glossary of names, used with one meaning everywhere
+---------------------------------------------------
+``*_t``          lives on the far side of the transition ``t`` (reward, discount, next value)
+``discount_t``   gamma x (1 - terminated): zero only where the episode truly ended
+``cut_t``        terminated or truncated: where a sum over time must stop
+``logp``         log-probability of the stored action under the current policy
+``logp_old``     the same under the policy that collected the data
+``eps_*``        a distance from one (``eps=0.2`` allows ratios in [0.8, 1.2])
+``ratio_*``      a bound on the ratio itself
+``*_coef``       multiplies a term of the objective
+``*_temp``       divides an exponent
+``lam``          a temperature of bounded-ratio methods, in units of the return
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Obs: TypeAlias = Tensor | dict[str, Tensor]
+Backend: TypeAlias = Literal["auto", "sync", "async", "envpool"]
+
+
+class SequenceBatch(NamedTuple):
+    """What every policy-optimisation loss sees: ``B`` sequences of ``T`` positions.
+
+    A rollout of control becomes one by ``Rollout.flat()`` (``T = 1``) or by
+    ``Rollout.episodes()`` (padded and masked); token sequences are one already.
+    """
+
+    obs: Obs
+    """[B, T, ...] observations as the environment gave them, not normalised."""
+    action: Tensor
+    """[B, T, ...] the action as the policy's density sees it."""
+    mask: Tensor
+    """[B, T] bool: positions that exist and were chosen by the policy."""
+    logp_old: Tensor
+    """[B, T] log-probability under the collecting policy."""
+    advantage: Tensor
+    """[B, T] advantage estimate, not normalised."""
+    value_target: Tensor
+    """[B, T] regression target of the value function (advantage + old value)."""
+    value_old: Tensor
+    """[B, T] value of the collecting critic."""
+    weight: Tensor | None = None
+    """[B, T] weight of each position in the policy objective, filled in by ``prepare``."""
+    coef: dict[str, Tensor] | None = None
+    """[B, T] stop-gradient coefficients, filled in by ``prepare``."""
+    dist_old: dict[str, Tensor] | None = None
+    """Parameters of the collecting policy's action distribution, each [B, T, ...]."""
+    logp_ref: Tensor | None = None
+    """[B, T] log-probability under a frozen reference policy."""
+    logp_behaviour: Tensor | None = None
+    """[B, T] log-probability as the sampler computed it, where that differs from ``logp_old``."""
+    sequence_return: Tensor | None = None
+    """[B] undiscounted return (or outcome reward) of the whole sequence."""
+    group: Tensor | None = None
+    """[B] int: sequences that started from the same reset seed or prompt."""
+    task: Tensor | None = None
+    """[B] int: task of the sequence."""
+    turn: Tensor | None = None
+    """[B, T] int: turn (option, action chunk) of each position, -1 where there is none."""
+
+
+class PolicyOutput(NamedTuple):
+    """What the current policy says about a :class:`SequenceBatch`."""
+
+    logp: Tensor
+    """[B, T] log-probability of the stored actions."""
+    entropy: Tensor
+    """[B, T] entropy of the action distribution."""
+    values: dict[str, Tensor]
+    """Scalar critics by name, each [B, T]; ``"value"`` is the value function."""
+    dist: Distribution
+    """The action distribution itself."""
+
+
+@runtime_checkable
+class Distribution(Protocol):
+    """An action distribution over a batch of any leading shape."""
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-density of ``action``, summed over the action's own dimensions."""
+        ...
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats."""
+        ...
+
+    def kl(self, params: Mapping[str, Tensor]) -> Tensor:
+        """KL(self || other), where ``params`` are the other one's :meth:`params`."""
+        ...
+
+    def params(self) -> dict[str, Tensor]:
+        """The tensors that define it, as stored in ``SequenceBatch.dist_old``."""
+        ...
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """The action that ``noise`` (see ``noise_shape`` of the head) selects."""
+        ...
+
+    def mode(self) -> Tensor:
+        """The deterministic action."""
+        ...
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """The one serialisable description of an environment; saved with every run."""
+
+    id: str
+    """Gymnasium id; ``ctrlrl/...`` ids are found in ctrlrl_envs, ``module:Id`` imports the module first."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment's constructor; JSON values only."""
+    wrappers: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """Wrappers applied to each environment in order: (``"package.module:Class"``, its keyword arguments)."""
+    n_envs: int = 1
+    """Environments stepped side by side."""
+    backend: Backend = "auto"
+    """``sync`` in this process, ``async`` one process each, ``envpool`` C++ threads; ``auto`` decides when resolved."""
+    threads: int | None = None
+    """Threads of EnvPool; None lets it choose. Ignored by the other backends."""
+
+
+@runtime_checkable
+class ParametricEnv(Protocol):
+    """An environment whose physics can be set. Parameters stay across resets until set again."""
+
+    parameter_space: Any
+    nominal: Mapping[str, float]
+
+    def set_params(self, params: Mapping[str, float]) -> None:
+        """Set the named parameters; takes effect at once and holds across autoreset."""
+        ...
+
+
+@runtime_checkable
+class DifferentiableSimulator(Protocol):
+    """Batched torch dynamics, reached through ``env.unwrapped.simulator``."""
+
+    problem: Any
+
+    def reset(self, batch: int) -> Any:
+        """Initial states of ``batch`` systems."""
+        ...
+
+    def step(self, state: Any, action: Tensor) -> tuple[Any, Tensor]:
+        """Next state and cost [batch], differentiable in both arguments."""
+        ...
+
+
+@runtime_checkable
+class TabularEnv(Protocol):
+    """A finite environment that shows its transition table, as Gymnasium's toy-text ones do."""
+
+    P: Mapping[int, Mapping[int, list[tuple[float, int, float, bool]]]]
+
+
+class Feedback(NamedTuple):
+    """Delayed rewards: what ``info["feedback"]`` of a FeedbackEnv holds."""
+
+    ids: np.ndarray
+    values: np.ndarray

@@ -1,0 +1,1 @@
+"""Environments of ctrlrl; importing this package registers them with Gymnasium under ``ctrlrl/...``."""
