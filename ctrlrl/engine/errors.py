@@ -2,6 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, of another format, or belongs to something else."""
+
+
+class UnknownEnvironment(ValueError):  # noqa: N818 - reads as what happened
+    """No environment of that id is registered, or its package is not installed."""
+
+
+class ObservationError(ValueError):
+    """An environment returned an observation that contradicts its own observation space."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A reward, an observation or an action became NaN or infinite.
+
+    Attributes:
+        what: ``"reward"``, ``"observation"``, ``"final observation"`` or ``"action"``.
+        env_index: Which of the environments (for groups: which episode).
+        step: Steps of each environment since the environments were last created (for groups: within the episode).
+        dump: File with everything needed to see it again (``ctrlrl.engine.replay.replay``), or None.
+    """
+
+    def __init__(self, what: str, env_index: int, step: int, dump: Path | None = None, detail: str = "") -> None:
+        self.what, self.env_index, self.step, self.dump = what, env_index, step, dump
+        where = f"environment {env_index}, step {step} since the environments were created"
+        seen = f" The steps that led there are in {dump}; ctrlrl.engine.replay.replay shows them again." if dump else ""
+        super().__init__(f"non-finite {what} in {where}{': ' + detail if detail else ''}.{seen}")

@@ -62,7 +62,9 @@ def intervals(
         for position, (label, estimate) in enumerate(panel.items()):
             colour = style_of(order.index(label))[0] if label in order else _COLOURS[0]
             if estimate.low is not None:
-                axes.plot([estimate.low, estimate.high], [position] * 2, color=colour, lw=7, alpha=0.3, solid_capstyle="butt")
+                axes.plot(
+                    [estimate.low, estimate.high], [position] * 2, color=colour, lw=7, alpha=0.3, solid_capstyle="butt"
+                )
             axes.plot([estimate.value], [position], "o", color=colour, ms=7, mec="white", mew=1)
         axes.set_yticks(range(len(panel)), list(panel))
         axes.set_ylim(len(panel) - 0.4, -0.6)

@@ -95,8 +95,8 @@ def curve(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Curve | None:
 
 def _interval(library: Any, scores: Any, function: Any, reps: int) -> tuple[float, float]:
     # rliable draws from NumPy's global generator whatever random_state it is given (1.2.0).
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(_SEED)  # noqa: NPY002
+    before = np.random.get_state()
+    np.random.seed(_SEED)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -104,7 +104,7 @@ def _interval(library: Any, scores: Any, function: Any, reps: int) -> tuple[floa
                 {"_": scores}, function, reps=reps, confidence_interval_size=CONFIDENCE
             )
     finally:
-        np.random.set_state(before)  # noqa: NPY002
+        np.random.set_state(before)
     low, high = intervals["_"][:, 0]
     return float(low), float(high)
 

@@ -195,6 +195,11 @@ def test_group_advantages_ignore_scale_shift_and_order(seed, scale, shift):
 
 
 def test_equal_outcomes_are_exactly_zero_even_with_a_tiny_eps():
-    x = torch.full((7,), 0.1)
-    group = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    """Sums of equal floats need not divide back: the naive mean misses by a rounding, which 1 / eps would blow up."""
+    x = torch.linspace(0.1, 9.7, 23).repeat_interleave(7)
+    group = torch.arange(23).repeat_interleave(7)
+    assert (x - adv.group_mean(x, group)).abs().max() > 0
     assert (adv.center_scale(x, group, eps=1e-12) == 0).all()
+    assert (adv.center_scale(x, group, "leave_one_out", "none") == 0).all()
+    for row in x.view(23, 7):
+        assert (adv.standardise(row, torch.ones(7, dtype=torch.bool), eps=1e-12) == 0).all()

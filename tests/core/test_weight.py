@@ -93,7 +93,7 @@ def test_threshold_limits():
 
 
 def test_threshold_ignores_absent_actions_and_takes_lam_per_state():
-    q, p = torch.tensor([[1.0, 2.0, 1e9]], dtype=F64), torch.tensor([[0.5, 0.5, 0.0]], dtype=F64)
+    q, p = torch.tensor([[1.0, 2.0, math.inf]], dtype=F64), torch.tensor([[0.5, 0.5, 0.0]], dtype=F64)
     assert weight.solve_threshold(q, p, 0.1).item() == pytest.approx(1.5)
     q, p = problem(2)
     lam = torch.logspace(-2, 1, 6, dtype=F64)[:, None]

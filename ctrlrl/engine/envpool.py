@@ -1,0 +1,127 @@
+"""EnvPool's C++ environments as a Gymnasium vector environment, and which of them agree with Gymnasium's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from ctrlrl.types import EnvSpec
+
+VERIFIED: frozenset[str] = frozenset()
+"""Ids whose spaces, step limit, rewards and dynamics were compared with Gymnasium's (tests/engine/test_envpool.py);
+``backend="auto"`` takes EnvPool for these only."""
+
+DISAGREE: dict[str, str] = {}
+"""Ids of both libraries that are not the same environment, and why. Never taken by ``backend="auto"``."""
+
+
+def installed() -> bool:
+    """Whether EnvPool can be imported."""
+    return importlib.util.find_spec("envpool") is not None
+
+
+@cache
+def ids() -> frozenset[str]:
+    """Every id EnvPool knows; empty without EnvPool."""
+    if not installed():
+        return frozenset()
+    import envpool
+
+    return frozenset(envpool.list_all_envs())
+
+
+class EnvPoolVector(gym.vector.VectorEnv):
+    """EnvPool behind Gymnasium's vector interface, autoreset NEXT_STEP.
+
+    After an end, the next step ignores that environment's action and returns the first observation of the new
+    episode with reward 0. The step limit is that of Gymnasium's registration. Box actions are float32, as
+    Gymnasium declares them.
+
+    EnvPool itself has one fault that cannot be seen from outside: where an episode terminates on exactly the last
+    step of its limit, only ``truncated`` is set.
+
+    Args:
+        spec: The environment; its kwargs and wrappers must be empty.
+        seeds: One seed per environment, fixed for the life of the object: EnvPool cannot be reseeded.
+        keep_infos: Return EnvPool's infos (arrays [N]); otherwise an empty dict.
+    """
+
+    def __init__(self, spec: EnvSpec, seeds: Sequence[int] | None = None, *, keep_infos: bool = False) -> None:
+        check_spec(spec)
+        import envpool
+
+        seeds = list(range(spec.n_envs)) if seeds is None else [int(s) for s in seeds]
+        if len(seeds) != spec.n_envs or any(not 0 <= s < 2**31 for s in seeds):
+            raise ValueError(f"EnvPool needs {spec.n_envs} seeds in [0, 2^31), found {seeds}")
+        options: dict[str, Any] = {} if (limit := step_limit(spec.id)) is None else {"max_episode_steps": limit}
+        self.pool = envpool.make(
+            spec.id, env_type="gymnasium", num_envs=spec.n_envs, num_threads=spec.threads or 0, seed=seeds, **options
+        )
+        self.name, self.num_envs, self.keep_infos = spec.id, spec.n_envs, keep_infos
+        self.metadata = {**self.pool.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.single_observation_space = self.pool.observation_space
+        self.single_action_space = space = self.pool.action_space
+        self._action_dtype = space.dtype
+        if isinstance(space, gym.spaces.Box) and space.dtype == np.float64:
+            self.single_action_space = gym.spaces.Box(
+                space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32
+            )
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset every environment.
+
+        Raises:
+            ValueError: A seed (EnvPool is seeded at construction) or options were given.
+        """
+        if seed is not None:
+            raise ValueError(
+                f"{self.name}: EnvPool ignores reset(seed=...); give the seeds at construction, or use backend='sync'"
+            )
+        if options:
+            raise ValueError(f"{self.name}: EnvPool takes no reset options, found {sorted(options)}; use backend='sync'")
+        obs, infos = self.pool.reset()
+        return obs, infos if self.keep_infos else {}
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step every environment that is not in its reset step."""
+        obs, reward, terminated, truncated, infos = self.pool.step(np.asarray(actions, dtype=self._action_dtype))
+        return obs, reward.astype(np.float64), terminated, truncated, infos if self.keep_infos else {}
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Drop the pool; EnvPool ends its threads when the object goes."""
+        self.pool = None
+
+
+def step_limit(env_id: str) -> int | None:
+    """Gymnasium's registered step limit of ``env_id``; None where it has none or does not know the id."""
+    found = gym.registry.get(env_id)
+    return None if found is None else found.max_episode_steps
+
+
+def check_spec(spec: EnvSpec) -> None:
+    """Raise if EnvPool cannot run ``spec``.
+
+    Raises:
+        ImportError: EnvPool is not installed.
+        ValueError: It does not know the id, or the spec has kwargs or wrappers.
+    """
+    if not installed():
+        raise ImportError("backend='envpool' needs EnvPool: pip install 'ctrlrl[fast]'")
+    if spec.id not in ids():
+        raise ValueError(f"EnvPool has no environment {spec.id!r}; use backend='sync' or 'async'")
+    if spec.kwargs:
+        raise ValueError(
+            f"EnvPool environments take no env_kwargs here, found {sorted(spec.kwargs)}; use backend='sync' or 'async'"
+        )
+    if spec.wrappers:
+        names = [path for path, _ in spec.wrappers]
+        raise ValueError(f"EnvPool environments cannot be wrapped one by one, found {names}; use backend='sync'")
