@@ -185,14 +185,13 @@ def center_scale(
         centred = x
     else:
         within = batch if center == "batch" else ids
-        start = _segment_min(x, within)
-        shifted = x - start
+        shifted = x - _segment_min(x, within)
         baseline = leave_one_out_mean(shifted, ids) if center == "leave_one_out" else group_mean(shifted, within)
         centred = shifted - baseline
     if scale == "none":
         return centred
     within = batch if scale == "batch" else ids
-    return centred / (group_std(x - _segment_min(x, within), within, ddof) + eps)
+    return centred / (group_std(x, within, ddof) + eps)
 
 
 def _count(x: Tensor, group: Tensor) -> Tensor:

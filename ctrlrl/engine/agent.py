@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ctrlrl.engine import checkpoint, environments, runfolder
 from ctrlrl.engine.evaluate import Evaluation, evaluate
 from ctrlrl.engine.seeding import derive, generator
+from ctrlrl.engine.spaces import space_to_json
 from ctrlrl.types import EnvSpec, Obs
 
 
@@ -130,7 +131,7 @@ class Agent:
         array = np.asarray(value)
         shape = space.shape or ()
         name = f"observation {key!r}" if key else "observation"
-        if array.dtype == object or not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+        if array.dtype == object or (not np.issubdtype(array.dtype, np.number) and array.dtype != bool):
             raise ValueError(f"{name} has dtype {array.dtype}; expected numbers of {space.dtype}")
         if np.issubdtype(space.dtype, np.integer) and np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{name} has dtype {array.dtype}; expected {space.dtype}")
@@ -181,8 +182,8 @@ class Agent:
         """What a checkpoint must agree with to be loaded into this agent."""
         return {
             "method": self.method,
-            "observation_space": environments.space_to_json(self.observation_space),
-            "action_space": environments.space_to_json(self.action_space),
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
         }
 
     def write_checkpoint(self, folder: Path, name: str) -> Path:

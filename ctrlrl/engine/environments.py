@@ -9,7 +9,7 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import gymnasium as gym
 import torch
@@ -24,12 +24,12 @@ from ctrlrl.engine.sync import LeanSyncVectorEnv
 from ctrlrl.types import Backend, EnvSpec
 
 __all__ = [
-    "UnknownEnvironment", "build_env", "listed", "make_vector", "resolve", "set_params", "space_from_json",
+    "UnknownEnvironment", "build_env", "concrete", "listed", "make_vector", "resolve", "set_params", "space_from_json",
     "space_to_json", "spaces", "spaces_signature", "spec_of", "start", "torch_threads", "width", "wrap_live",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "sync", "async", "envpool")
-Live = gym.Env | gym.vector.VectorEnv
+Live: TypeAlias = gym.Env | gym.vector.VectorEnv
 
 # packages that register their ids when they are imported, and what to install for them
 _NAMESPACES = {"ctrlrl": ("ctrlrl_envs", "ctrlrl"), "ALE": ("ale_py", "gymnasium[atari]")}
@@ -76,10 +76,11 @@ def resolve(
         changes["backend"] = backend
     # JSON turns the tuples of a saved spec into lists
     changes["wrappers"] = tuple((path, dict(kwargs)) for path, kwargs in env.wrappers)
-    return _concrete(dataclasses.replace(env, **changes))
+    return concrete(dataclasses.replace(env, **changes))
 
 
-def _concrete(spec: EnvSpec) -> EnvSpec:
+def concrete(spec: EnvSpec) -> EnvSpec:
+    """``spec`` checked, with its version and backend filled in; see :func:`resolve`."""
     if not isinstance(spec.n_envs, int) or spec.n_envs < 1:
         raise ValueError(f"n_envs={spec.n_envs!r} must be an integer of at least 1")
     if spec.backend not in BACKENDS:
@@ -216,7 +217,7 @@ def make_vector(
     Raises:
         ValueError: EnvPool with autoreset disabled.
     """
-    spec = _concrete(spec)
+    spec = concrete(spec)
     if spec.backend == "envpool":
         if autoreset == "disabled":
             raise ValueError(f"{spec.id}: EnvPool cannot run with autoreset disabled; use backend='sync' or 'async'")
@@ -270,7 +271,7 @@ def spaces(env: EnvSpec | Live) -> tuple[gym.Space, gym.Space]:
         return env.single_observation_space, env.single_action_space
     if isinstance(env, gym.Env):
         return env.observation_space, env.action_space
-    env = _concrete(env)
+    env = concrete(env)
     probe = envpool.EnvPoolVector(dataclasses.replace(env, n_envs=1)) if env.backend == "envpool" else build_env(env)
     try:
         return spaces(probe)

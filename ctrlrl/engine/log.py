@@ -223,7 +223,7 @@ def _wandb_run(folder: Path, arguments: Mapping[str, Any]) -> Any:
         if "mode" not in settings and not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False):
             settings["mode"] = "offline"
         run = wandb.init(**settings)
-    except Exception as error:  # noqa: BLE001  a missing network must not cost the training run
+    except Exception as error:
         warnings.warn(
             f"wandb could not go online ({error}); this run is kept offline, upload it with wandb sync", stacklevel=3
         )

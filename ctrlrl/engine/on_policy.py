@@ -23,7 +23,7 @@ from ctrlrl.core import advantage
 from ctrlrl.engine import environments, runfolder
 from ctrlrl.engine.agent import Agent
 from ctrlrl.engine.collector import Collector, next_values
-from ctrlrl.engine.config import OnPolicyConfig, build, to_dict
+from ctrlrl.engine.config import build, to_dict
 from ctrlrl.engine.errors import CheckpointError, NonFiniteError
 from ctrlrl.engine.evaluate import Evaluation
 from ctrlrl.engine.log import Progress, RunLogger
@@ -70,7 +70,18 @@ class OnPolicyAgent(Agent):
 
     method = ""
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile", "cudagraphs"}
+        {
+            "resume",
+            "vector",
+            "box",
+            "discrete",
+            "multidiscrete",
+            "dict_obs",
+            "image_obs",
+            "gpu",
+            "compile",
+            "cudagraphs",
+        }
     )
 
     def __init__(
@@ -486,7 +497,9 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use 'cpu'")
+        raise ValueError(
+            f"device={name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use 'cpu'"
+        )
     return device
 
 

@@ -124,9 +124,7 @@ def make_step(
 
     def step(state: OptState, batch: SequenceBatch, knobs: dict[str, Tensor]) -> tuple[OptState, Metrics]:
         prepared = loss.prepare(batch, knobs)
-        batch = batch._replace(
-            coef={k: v.detach() for k, v in prepared.coef.items()}, weight=prepared.weight.detach()
-        )
+        batch = batch._replace(coef={k: v.detach() for k, v in prepared.coef.items()}, weight=prepared.weight.detach())
         count = batch.mask.sum().clamp_min(1)
         gradient = torch.zeros_like(state.params)
         metrics: Metrics = {}
@@ -183,8 +181,7 @@ def _adam(
     params = state.params - learning_rate / (1.0 - 0.9**t) * m / denominator
     if mine is not None:
         params, m, v = (
-            torch.where(mine, new, old)
-            for new, old in ((params, state.params), (m, state.m), (v, state.v))
+            torch.where(mine, new, old) for new, old in ((params, state.params), (m, state.m), (v, state.v))
         )
     return OptState(params, m, v, count, state.alive)
 
@@ -215,7 +212,7 @@ def shuffled(size: int, together: Tensor | None, batch_size: int, generator: tor
     if together is None:
         return torch.randperm(size, generator=generator)
     ids, inverse, counts = together.cpu().unique(return_inverse=True, return_counts=True)
-    if batch_size < size and (counts != counts[0]).any() or batch_size % int(counts[0]):
+    if (batch_size < size and (counts != counts[0]).any()) or batch_size % int(counts[0]):
         raise ConfigError(
             f"batch_size={batch_size} would split groups of {counts.unique().tolist()} rows; "
             "use a multiple of the group size, or None for the whole rollout"
@@ -265,9 +262,7 @@ class CudaGraph:
         self.function = function
         self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
 
-    def __call__(
-        self, state: OptState, batch: SequenceBatch, knobs: dict[str, Tensor]
-    ) -> tuple[OptState, Metrics]:
+    def __call__(self, state: OptState, batch: SequenceBatch, knobs: dict[str, Tensor]) -> tuple[OptState, Metrics]:
         leaves, tree = pytree.tree_flatten((state, batch, knobs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         key = tuple((x.shape, x.dtype) for x in tensors)
@@ -303,7 +298,11 @@ class Updater:
         device = self.flat.flat.device
         zeros = torch.zeros_like(self.flat.flat)
         self.state = OptState(
-            self.flat.flat, zeros, zeros.clone(), torch.zeros(2, device=device), torch.ones((), dtype=torch.bool, device=device)
+            self.flat.flat,
+            zeros,
+            zeros.clone(),
+            torch.zeros(2, device=device),
+            torch.ones((), dtype=torch.bool, device=device),
         )
         separate = config.value_epochs is not None
         self.steps: dict[Phase, Step] = {
@@ -379,4 +378,3 @@ class Updater:
                 function = CudaGraph(function)
             self._wrapped[key] = function
         return self._wrapped[key]
-

@@ -260,5 +260,3 @@ def load_encoder(path: str) -> Callable[..., nn.Module]:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"cannot load the encoder {path!r} (expected 'package.module:Class'): {error}") from error
-
-

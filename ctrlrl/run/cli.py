@@ -161,9 +161,7 @@ def _train(words: list[str]) -> int:
         env_kwargs = json.loads(run.env_kwargs)
     except ValueError as error:
         return _fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"ctrl_cost_weight\": 0.1}}'", 2)
-    agent = cls(
-        run.env, seed=run.seed, n_envs=run.n_envs, backend=run.backend, env_kwargs=env_kwargs, **settings
-    )
+    agent = cls(run.env, seed=run.seed, n_envs=run.n_envs, backend=run.backend, env_kwargs=env_kwargs, **settings)
     wandb = None if run.wandb is None else {"project": run.wandb}
     agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb)
     return _finish(agent)
@@ -260,9 +258,7 @@ def _play(words: list[str]) -> int:
 
     options = tyro.cli(Play, args=words, prog="ctrlrl play")
     agent = api.load(options.run, options.checkpoint)
-    returns = play(
-        agent, options.episodes, options.video, deterministic=not options.stochastic, seed=options.seed
-    )
+    returns = play(agent, options.episodes, options.video, deterministic=not options.stochastic, seed=options.seed)
     for k, value in enumerate(returns):
         print(f"episode {k}: return {value:.2f}")
     if options.video is not None:

@@ -54,7 +54,7 @@ def report(
         raise FileExistsError(f"{folder} is a file, expected a folder to write report.html into")
     folder.mkdir(parents=True, exist_ok=True)
     page = _Page(loaded, folder, dict(references or {}), reps)
-    sections = [page.final_scores(), *page.improvement(), page.curves(), page.speed(), page.settings(), page.run_list()]
+    sections = [page.final_scores(), page.improvement(), page.curves(), page.speed(), page.settings(), page.run_list()]
     html = render(page.title(), page.summary(), sections, words.footnotes(page.references, reps))
     target = folder / "report.html"
     with atomic_path(target) as temporary:
@@ -168,10 +168,10 @@ class _Page:
         ]  # fmt: skip
         return np.column_stack([column[:n] for column in columns]), said
 
-    def improvement(self) -> list[Section]:
-        if len(self.labels) < 2:
-            return []
+    def improvement(self) -> Section:
         section = Section("Probability of improvement", "improvement")
+        if len(self.labels) < 2:
+            section.text.append("There is one method, so nothing to compare: give runs of two or more.")
         estimates, rows = {}, []
         for x, y in itertools.combinations(self.labels, 2):
             shared = [e for e in self.envs if len(self.scores.get((e, x), ())) and len(self.scores.get((e, y), ()))]
@@ -200,7 +200,7 @@ class _Page:
             head = ["Pair", "Environments", "Runs", "Probability", "95 % interval"]
             section.tables.append(Table(head, rows, 1, "Probability of improvement [3]"))
         section.notes = list(dict.fromkeys(section.notes))
-        return [section]
+        return section
 
     def curves(self) -> Section:
         section = Section("Learning curves", "curves")
@@ -221,6 +221,8 @@ class _Page:
                 caption = (
                     f"{env}, {y_label} over {x_label}. Thick: mean; band: worst to best run; thin: single runs.[4]"
                 )
+                if all(len(one.runs) == 1 for one in shown.values()):
+                    caption = f"{env}, {y_label} over {x_label}; one run per method, so no band.[4]"
                 if cut := [label for label, one in shown.items() if one.cut]:
                     caption += f" Runs of {words.few(cut)} end at different points: mean and band stop at the shortest."
                 png = figures.learning_curves(shown, self.labels, x_label, y_label)
@@ -261,28 +263,25 @@ class _Page:
         return section
 
     def run_list(self) -> Section:
+        section = Section("Runs", "runs")
+        tail = {
+            "Versions": [words.packages(run.versions) for run in self.runs],
+            "Commit": [words.commit(run.versions) for run in self.runs],
+            "Machine": [words.machine(run.versions) for run in self.runs],
+        }
+        # What is the same everywhere is said once instead of in every row.
+        common = {name: cells[0] for name, cells in tail.items() if len(set(cells)) == 1}
+        section.text += [f"{name}: {text}." for name, text in common.items() if text != words.NONE]
+        tail = {name: cells for name, cells in tail.items() if name not in common}
         rows = []
-        for run in self.runs:
-            v = run.versions
-            state = "" if run.planned is None or run.steps >= run.planned else f" of {run.planned:,}"
-            commit = (
-                f"{str(v['git_commit'])[:10]}{' (changed)' if v.get('git_dirty') else ''}"
-                if v.get("git_commit")
-                else words.NONE
-            )
-            what = [
-                f"{n} {v[n]}"
-                for n in ("ctrlrl", "torch", "gymnasium", "mujoco", "envpool", "numpy", "python")
-                if v.get(n)
-            ]
-            machine = [str(v[n]) for n in ("gpu", "platform") if v.get(n)]
-            machine += [f"{v['cpu_count']} CPUs, {v.get('torch_threads', '?')} threads"] if v.get("cpu_count") else []
-            rows.append([
-                run.name, run.env, run.label, words.NONE if run.seed is None else str(run.seed), f"{run.steps:,}{state}",
-                ", ".join(what) or words.NONE, commit, ", ".join(machine) or words.NONE,
-            ])  # fmt: skip
-        head = ["Run", "Environment", "Method", "Seed", "Steps", "Versions", "Commit", "Machine"]
-        return Section("Runs", "runs", tables=[Table(head, rows, caption=f"{len(self.runs)} runs")])
+        for index, run in enumerate(self.runs):
+            unfinished = run.planned is not None and run.steps < run.planned
+            steps = f"{run.steps:,} of {run.planned:,}" if unfinished else f"{run.steps:,}"
+            seed = words.NONE if run.seed is None else str(run.seed)
+            rows.append([run.name, run.env, run.label, seed, steps, *(cells[index] for cells in tail.values())])
+        head = ["Run", "Environment", "Method", "Seed", "Steps", *tail]
+        section.tables.append(Table(head, rows, caption="Folder, settings and steps done of each run"))
+        return section
 
     def _image(self, name: str, png: bytes, alt: str, caption: str) -> Image:
         with atomic_path(self.folder / f"{name}.png") as temporary:

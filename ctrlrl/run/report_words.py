@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ctrlrl.run.report_runs import Run
 from ctrlrl.run.report_statistics import Estimate
@@ -131,3 +132,24 @@ def few(names: Sequence[str]) -> str:
 def slug(name: str) -> str:
     """``name`` as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "environment"
+
+
+def packages(versions: Mapping[str, Any]) -> str:
+    """The packages that matter to a result."""
+    names = ("ctrlrl", "torch", "gymnasium", "mujoco", "envpool", "numpy", "python")
+    return ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name)) or NONE
+
+
+def commit(versions: Mapping[str, Any]) -> str:
+    """The commit the run was started from, and whether files were changed since."""
+    if not versions.get("git_commit"):
+        return NONE
+    return str(versions["git_commit"])[:10] + (" with changes" if versions.get("git_dirty") else "")
+
+
+def machine(versions: Mapping[str, Any]) -> str:
+    """Accelerator, system and processors."""
+    said = [str(versions[name]) for name in ("gpu", "platform") if versions.get(name)]
+    if versions.get("cpu_count"):
+        said.append(f"{versions['cpu_count']} CPUs, {versions.get('torch_threads', '?')} threads of torch")
+    return ", ".join(said) or NONE

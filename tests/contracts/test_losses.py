@@ -96,9 +96,9 @@ def test_splitting_an_update_batch_changes_nothing(name, parts):
 def test_a_log_ratio_of_200_stays_finite_in_float32(name, log_ratio):
     advantage = torch.tensor([[1.0], [-1.0]])
     batch, out = batch_of(torch.ones(2, 1, dtype=torch.float64), advantage.double())
-    batch = batch._replace(**{
-        k: v.float() for k, v in batch._asdict().items() if isinstance(v, torch.Tensor) and v.is_floating_point()
-    })
+    batch = batch._replace(
+        **{k: v.float() for k, v in batch._asdict().items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    )
     out = out._replace(
         logp=(batch.logp_old + log_ratio).requires_grad_(), values={k: v.float() for k, v in out.values.items()}
     )

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrlrl.core.ratio import LOG_RATIO_CLAMP, log_ratio, ratio, ratio_minus_one
+from ctrlrl.core.ratio import LOG_RATIO_CLAMP, Level, log_ratio, ratio, ratio_minus_one
 
-LEVELS = ["token", "turn", "sequence", "sequence_sum"]
+LEVELS: list[Level] = ["token", "turn", "sequence", "sequence_sum"]
 F64 = torch.float64
 
 

@@ -58,7 +58,9 @@ def test_first_step_is_a_plain_policy_gradient():
     expected = -(probability * (advantage - (probability * advantage).sum()))
     for step_size in (0.1, 1.0, 10.0):
         logits = old.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(table(MDPO(standardize_advantage=False), logits, old, advantage, step_size), logits)
+        (gradient,) = torch.autograd.grad(
+            table(MDPO(standardize_advantage=False), logits, old, advantage, step_size), logits
+        )
         torch.testing.assert_close(gradient, expected, atol=1e-14, rtol=0)
 
 

@@ -1,0 +1,413 @@
+"""Stepping the environments with a policy; the only place that knows about autoreset."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from ctrlrl.data.rollout import Rollout, RolloutStorage
+from ctrlrl.engine import environments, envpool, guard
+from ctrlrl.engine.spaces import check_observation
+from ctrlrl.engine.sync import LeanSyncVectorEnv
+from ctrlrl.types import EnvSpec, Obs
+
+
+class ActorProtocol(Protocol):
+    """What the collector needs of a policy. Nothing is differentiated."""
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Shape of one action as the density sees it."""
+        ...
+
+    @property
+    def action_dtype(self) -> torch.dtype:
+        """Its type."""
+        ...
+
+    def noise(self, n_steps: int, n_envs: int, generator: torch.Generator) -> Tensor:
+        """The noise of a whole rollout, [n_steps, n_envs, ...]."""
+        ...
+
+    def act(self, obs: Obs, noise: Tensor) -> Tensor:
+        """Actions [N, ...] that ``noise`` [N, ...] selects at ``obs`` [N, ...]."""
+        ...
+
+    def to_env(self, obs: Obs, action: Tensor) -> Tensor:
+        """The environment's actions [N, ...]."""
+        ...
+
+
+class Collected(NamedTuple):
+    """``T`` steps of ``N`` environments (or of ``N`` episodes, from ``collect_groups``), time first.
+
+    Tensors are new for every rollout. Values and log-probabilities are the caller's to compute, in one batch.
+    """
+
+    obs: Obs
+    """[T, N, ...] observation before each step."""
+    last_obs: Obs
+    """[N, ...] observation after the last step."""
+    action: Tensor
+    """[T, N, ...] action as the density sees it."""
+    reward_t: Tensor
+    """[T, N] float32, the environment's own."""
+    terminated_t: Tensor
+    """[T, N] bool."""
+    truncated_t: Tensor
+    """[T, N] bool; False where the step also terminated, since an episode that ended has no value beyond."""
+    valid_t: Tensor
+    """[T, N] bool: False for reset steps (NEXT_STEP) and after the end of a group's episode."""
+    final_t: Tensor
+    """[K] int64 time index of steps whose true next observation is not in ``obs``: truncated, reset at once."""
+    final_n: Tensor
+    """[K] int64 their environment."""
+    final_obs: Obs
+    """[K, ...] their true next observation."""
+    episodes: list[tuple[float, int]]
+    """Undiscounted return and length of every episode that ended in this rollout, in order of time."""
+    simulation_s: float
+    """Seconds spent inside the environments."""
+    group: Tensor | None = None
+    """[N] int64 group of each episode, from ``collect_groups``."""
+
+    def rollout(self, **estimates: Any) -> Rollout:
+        """This data with the caller's estimates (logp_old, value, value_t, advantage, value_target, dist_old)."""
+        return Rollout(
+            self.obs, self.action, self.reward_t, self.terminated_t, self.truncated_t, self.valid_t,
+            **{"group": self.group, **estimates},
+        )  # fmt: skip
+
+
+def next_values(value_fn: Callable[[Obs], Tensor], collected: Collected) -> tuple[Tensor, Tensor]:
+    """Values before and after every step, from one call of ``value_fn``.
+
+    Args:
+        value_fn: Observations [M, ...] to values [M].
+        collected: A rollout.
+
+    Returns:
+        ``value`` [T, N] of ``obs``, and ``value_t`` [T, N] of the true next observation: the final observation where
+        an episode was truncated, zero where it terminated, ``value`` of the next row elsewhere.
+    """
+    c = collected
+    steps, n = c.reward_t.shape
+    if isinstance(c.obs, dict):
+        assert isinstance(c.last_obs, dict) and isinstance(c.final_obs, dict)
+        merged: Obs = {k: torch.cat([c.obs[k].flatten(0, 1), c.last_obs[k], c.final_obs[k]]) for k in c.obs}
+    else:
+        assert isinstance(c.last_obs, Tensor) and isinstance(c.final_obs, Tensor)
+        merged = torch.cat([c.obs.flatten(0, 1), c.last_obs, c.final_obs])
+    # cloned, as value_fn may run in inference mode and these take part in losses
+    values = value_fn(merged).detach().clone()
+    value = values[: steps * n].view(steps, n)
+    value_t = values[n : (steps + 1) * n].view(steps, n).clone()
+    value_t[c.final_t, c.final_n] = values[(steps + 1) * n :]
+    return value, value_t.masked_fill(c.terminated_t, 0.0)
+
+
+def border_seeds(seed: int, border: int, n_envs: int) -> list[int]:
+    """Seeds in [0, 2^31) of the environments created at a border: a fixed function of its arguments."""
+    state = np.random.SeedSequence([int(seed), int(border)]).generate_state(n_envs)
+    return [int(s >> 1) for s in state]
+
+
+class Collector:
+    """Owns the environments and steps them.
+
+    Args:
+        env: EnvSpec (the environments are built at every border) or live environment (reset at every border).
+        policy: See :class:`ActorProtocol`.
+        n_steps: Steps per environment and rollout.
+        device: Where the policy lives.
+        seed: Seed of border 0, which is drawn before the first rollout unless :meth:`border` was called.
+        dump_dir: Folder for the file that replays a non-finite value; None writes none.
+
+    Raises:
+        ValueError: A live vector environment that does not declare its autoreset.
+    """
+
+    def __init__(
+        self,
+        env: EnvSpec | gym.Env | gym.vector.VectorEnv,
+        policy: ActorProtocol,
+        n_steps: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        *,
+        dump_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if n_steps < 1:
+            raise ValueError(f"n_steps={n_steps} must be at least 1")
+        self.spec = environments.concrete(env) if isinstance(env, EnvSpec) else None
+        self._live = None if isinstance(env, EnvSpec) else environments.wrap_live(env)
+        self.policy, self.n_steps, self.seed = policy, n_steps, seed
+        self.device = torch.device(device)
+        self.dump_dir = None if dump_dir is None else Path(dump_dir)
+        self.n_envs = environments.width(env)
+        self.env: gym.vector.VectorEnv | None = None
+        self._groups: gym.vector.VectorEnv | None = None
+        self._obs: Any = None
+        self._params: Any = None
+
+    # -- borders ------------------------------------------------------------------------------
+
+    def border(self, seed: int, border: int) -> None:
+        """Start afresh: everything after it is a function of (seed, border) and the policy alone.
+
+        Environments of a spec are built again, those of a live one are reset; both with seeds derived from
+        (seed, border). Parameters set by :meth:`set_params` are set again. Episodes that were running are cut
+        and not reported.
+        """
+        seeds = border_seeds(seed, border, self.n_envs)
+        if self.spec is not None:
+            if self.env is not None:
+                self.env.close()
+            self.env = environments.make_vector(self.spec, seeds, copy=False)
+        else:
+            self.env = self._live
+        assert self.env is not None
+        mode = self.env.metadata["autoreset_mode"]
+        self._next_step, self._disabled = mode == AutoresetMode.NEXT_STEP, mode == AutoresetMode.DISABLED
+        self._history = guard.History(self.spec, seeds, self.dump_dir)
+        if self._params is not None:
+            self._apply(self._params)
+        obs = environments.start(self.env, seeds)
+        if not isinstance(self.env, LeanSyncVectorEnv):
+            name = self.spec.id if self.spec is not None else type(self.env).__name__
+            check_observation(self.env.observation_space, obs, name)
+        self._obs = _copy(obs)
+        self._ended = np.zeros(self.n_envs, dtype=np.bool_)
+        self._return, self._length = np.zeros(self.n_envs), np.zeros(self.n_envs, dtype=np.int64)
+
+    def set_params(self, params: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:
+        """Set the parameters of all environments (or one mapping each); they hold across autoreset and borders."""
+        self._params = dict(params) if isinstance(params, Mapping) else [dict(p) for p in params]
+        if self.env is not None:
+            self._apply(self._params)
+
+    def _apply(self, params: Any) -> None:
+        assert self.env is not None
+        environments.set_params(self.env, params)
+        self._history.params(params)
+
+    # -- rollouts -----------------------------------------------------------------------------
+
+    def collect(self, generator: torch.Generator) -> Collected:
+        """Step every environment ``n_steps`` times.
+
+        Raises:
+            NonFiniteError: A reward, observation or action is NaN or infinite. Nothing of the rollout survives.
+        """
+        if self._obs is None:
+            self.border(self.seed, 0)
+        env, policy, device = self.env, self.policy, self.device
+        assert env is not None
+        n_steps = self.n_steps
+        space = env.single_action_space
+        storage = RolloutStorage(
+            env.single_observation_space, policy.action_shape, policy.action_dtype, n_steps, self.n_envs, device
+        )
+        noise = policy.noise(n_steps, self.n_envs, generator).to(device).unbind(0)
+        sent = np.empty((n_steps, self.n_envs, *(space.shape or ())), dtype=space.dtype)
+        finals: list[tuple[int, int, Any]] = []
+        act, to_env, step, write_obs, write_action = (
+            policy.act, policy.to_env, env.step, storage.write_obs, storage.write_action,
+        )  # fmt: skip
+        rewards, terminations, truncations = storage.reward, storage.terminated, storage.truncated
+        clock, disabled, on_cpu = time.perf_counter, self._disabled, device.type == "cpu"
+        simulation, t = 0.0, 0
+        next_obs, self._obs = self._obs, None  # stays None if anything below raises
+        try:
+            with torch.inference_mode():
+                obs = write_obs(0, next_obs)
+                for t in range(n_steps):
+                    action = act(obs, noise[t])
+                    write_action(t, action)
+                    out = to_env(obs, action)
+                    # a row of our own: the environment may keep the array it is given
+                    row = sent[t]
+                    row[...] = out.numpy() if on_cpu else out.cpu().numpy()
+                    began = clock()
+                    next_obs, rewards[t], terminations[t], truncations[t], infos = step(row)
+                    if disabled:
+                        next_obs = self._reset_ended(t, next_obs, terminations[t], truncations[t], finals)
+                    simulation += clock() - began
+                    if infos and "final_obs" in infos:
+                        _keep_finals(t, infos, terminations[t], truncations[t], finals)
+                    obs = write_obs(t + 1, next_obs)
+        except Exception as error:
+            self._history.add(sent[: t + 1])
+            if (found := guard.first(storage, sent, finals, t + 1, self._reset_steps(storage))) is not None:
+                raise self._history.error(found, storage, n_steps_run=t + 1, sent=sent) from error
+            raise
+        self._history.add(sent)
+        valid = storage.valid = self._reset_steps(storage)
+        if (found := guard.first(storage, sent, finals, n_steps, valid)) is not None:
+            raise self._history.error(found, storage, n_steps_run=n_steps, sent=sent)
+        self._obs = _copy(next_obs)
+        if self._next_step:
+            self._ended = terminations[-1] | truncations[-1]
+        return assemble(storage, finals, self._episodes(storage), simulation)
+
+    def _reset_ended(self, t: int, obs: Any, terminated: Any, truncated: Any, finals: list[Any]) -> Any:
+        """With autoreset disabled: note the final observations and reset what ended."""
+        ended = terminated | truncated
+        if not ended.any():
+            return obs
+        for n in np.flatnonzero(truncated & ~terminated):
+            finals.append((t, int(n), _row(obs, n)))
+        assert self.env is not None
+        return self.env.reset(options={"reset_mask": ended})[0]
+
+    def _reset_steps(self, storage: RolloutStorage) -> np.ndarray:
+        """[T, N] False at the steps that only reset: with NEXT_STEP, each one after an end, across rollouts too."""
+        valid = storage.valid
+        if self._next_step:
+            valid[0] = ~self._ended
+            valid[1:] = ~(storage.terminated | storage.truncated)[:-1]
+            storage.reward[~valid] = 0.0
+        return valid
+
+    def _episodes(self, storage: RolloutStorage) -> list[tuple[float, int]]:
+        """Returns and lengths of the episodes that ended, in order of time; the others run on."""
+        ended = storage.terminated | storage.truncated
+        done: list[tuple[int, int, float, int]] = []
+        sums = np.cumsum(storage.reward, axis=0)
+        counts = np.cumsum(storage.valid, axis=0)
+        begun_sum, begun_count = -self._return, -self._length
+        for t, n in zip(*np.nonzero(ended), strict=True):
+            done.append((t, n, sums[t, n] - begun_sum[n], counts[t, n] - begun_count[n]))
+            begun_sum[n], begun_count[n] = sums[t, n], counts[t, n]
+        self._return, self._length = sums[-1] - begun_sum, counts[-1] - begun_count
+        return [(float(total), int(length)) for _, _, total, length in done]
+
+    # -- groups -------------------------------------------------------------------------------
+
+    def collect_groups(
+        self,
+        n_groups: int,
+        group_size: int,
+        seeds: Sequence[int],
+        max_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Collected:
+        """Run ``n_groups * group_size`` whole episodes; those of a group start from the same reset seed.
+
+        Column ``g * group_size + i`` is episode ``i`` of group ``g``; ``T`` is the longest episode, and ``valid_t``
+        is False after an episode's end. The environments are others than those of :meth:`collect` (a live one
+        is shared, and the next ``collect`` begins at border 0 again).
+
+        Args:
+            n_groups: Groups.
+            group_size: Episodes per group.
+            seeds: One reset seed per group.
+            max_steps: Episodes longer than this are truncated; by default the environment's registered limit.
+            generator: Of the policy's noise; a new one from the collector's seed by default.
+
+        Raises:
+            ValueError: EnvPool, a live environment whose autoreset is not disabled, or no limit at all.
+            NonFiniteError: As in :meth:`collect`.
+        """
+        from ctrlrl.engine.groups import run_groups
+
+        if self.spec is not None and self.spec.backend == "envpool":
+            raise ValueError(f"{self.spec.id}: groups need reset(seed=...), which EnvPool ignores; use backend='sync'")
+        if self._live is not None:
+            if self._live.metadata["autoreset_mode"] != AutoresetMode.DISABLED:
+                raise ValueError(
+                    "groups on a live environment need a vector environment with autoreset DISABLED; "
+                    "pass one, or an id or EnvSpec instead"
+                )
+            self._groups, self._obs = self._live, None
+        elif self._groups is None:
+            assert self.spec is not None
+            self._groups = environments.make_vector(self.spec, autoreset="disabled", copy=False)
+        if max_steps is None:
+            max_steps = None if self.spec is None else envpool.step_limit(self.spec.id.rpartition(":")[2])
+        if max_steps is None:
+            raise ValueError("these episodes have no registered limit; give max_steps")
+        if self._params is not None:
+            environments.set_params(self._groups, self._params)
+        if generator is None:
+            generator = torch.Generator().manual_seed(self.seed)
+        assert self._groups is not None
+        return run_groups(
+            self._groups, self.policy, n_groups, group_size, seeds, max_steps, generator, self.device,
+            guard.History(self.spec, [], self.dump_dir), self._params,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the environments that were built here; a live one is the caller's."""
+        for env in (self.env, self._groups):
+            if env is not None and env is not self._live:
+                env.close()
+        self.env = self._groups = self._obs = None
+
+
+def assemble(
+    storage: RolloutStorage,
+    finals: list[tuple[int, int, Any]],
+    episodes: list[tuple[float, int]],
+    simulation_s: float,
+) -> Collected:
+    """The record of a complete rollout as tensors on its device."""
+    device, steps = storage.device, storage.n_steps
+    place = torch.tensor([(t, n) for t, n, _ in finals], dtype=torch.int64, device=device).reshape(-1, 2)
+    last = storage.obs(steps)
+    if isinstance(last, dict):
+        final: Obs = {k: _stack([o[k] for *_, o in finals], v[0]) for k, v in last.items()}
+        last_obs: Obs = {k: v[0] for k, v in last.items()}
+    else:
+        final, last_obs = _stack([o for *_, o in finals], last[0]), last[0]
+    terminated = torch.from_numpy(storage.terminated).to(device)
+    return Collected(
+        obs=storage.obs(0, steps),
+        last_obs=last_obs,
+        action=storage.action,
+        reward_t=torch.from_numpy(storage.reward).to(device, torch.float32),
+        terminated_t=terminated,
+        truncated_t=torch.from_numpy(storage.truncated & ~storage.terminated).to(device),
+        valid_t=torch.from_numpy(storage.valid).to(device),
+        final_t=place[:, 0],
+        final_n=place[:, 1],
+        final_obs=final,
+        episodes=episodes,
+        simulation_s=simulation_s,
+    )
+
+
+def _stack(values: list[Any], like: Tensor) -> Tensor:
+    if not values:
+        return like[:0]
+    return torch.from_numpy(np.stack([np.asarray(v) for v in values])).to(like.device, like.dtype)
+
+
+def _keep_finals(t: int, infos: Mapping[str, Any], terminated: Any, truncated: Any, finals: list[Any]) -> None:
+    """Note the final observations of what was truncated, from the infos of a SAME_STEP environment."""
+    wanted = truncated & ~terminated
+    if wanted.any():
+        values = infos["final_obs"]
+        for n in np.flatnonzero(wanted):
+            finals.append((t, int(n), _row(values, n)))
+
+
+def _row(values: Any, n: int) -> Any:
+    """A copy of row ``n`` of a (dict of) arrays, or of entry ``n`` of an object array."""
+    if isinstance(values, Mapping):
+        return {k: np.array(v[n]) for k, v in values.items()}
+    entry = values[n]
+    return {k: np.array(v) for k, v in entry.items()} if isinstance(entry, Mapping) else np.array(entry)
+
+
+def _copy(obs: Any) -> Any:
+    return {k: np.array(v) for k, v in obs.items()} if isinstance(obs, Mapping) else np.array(obs)
