@@ -145,7 +145,8 @@ class RowBuffer:
     def __init__(self, rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.empty((rows, *shape), dtype=dtype, device=device)
         self.copies = device.type != "cpu"
-        host = torch.empty((rows, *shape), dtype=dtype, pin_memory=device.type == "cuda") if self.copies else self.tensor
+        pinned = device.type == "cuda"
+        host = torch.empty((rows, *shape), dtype=dtype, pin_memory=pinned) if self.copies else self.tensor
         self.host = host.numpy()
         self.views = self.tensor.unbind(0)
         self._host_views = host.unbind(0) if self.copies else ()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -14,11 +14,15 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from ctrlrl.data.rollout import Rollout, RolloutStorage
+from ctrlrl.data.rollout import RolloutStorage
 from ctrlrl.engine import environments, envpool, guard
+from ctrlrl.engine.collected import Collected, assemble, copy_obs, keep_finals, next_values, row_of
+from ctrlrl.engine.groups import run_groups
 from ctrlrl.engine.spaces import check_observation
 from ctrlrl.engine.sync import LeanSyncVectorEnv
 from ctrlrl.types import EnvSpec, Obs
+
+__all__ = ["ActorProtocol", "Collected", "Collector", "border_seeds", "next_values"]
 
 
 class ActorProtocol(Protocol):
@@ -45,74 +49,6 @@ class ActorProtocol(Protocol):
     def to_env(self, obs: Obs, action: Tensor) -> Tensor:
         """The environment's actions [N, ...]."""
         ...
-
-
-class Collected(NamedTuple):
-    """``T`` steps of ``N`` environments (or of ``N`` episodes, from ``collect_groups``), time first.
-
-    Tensors are new for every rollout. Values and log-probabilities are the caller's to compute, in one batch.
-    """
-
-    obs: Obs
-    """[T, N, ...] observation before each step."""
-    last_obs: Obs
-    """[N, ...] observation after the last step."""
-    action: Tensor
-    """[T, N, ...] action as the density sees it."""
-    reward_t: Tensor
-    """[T, N] float32, the environment's own."""
-    terminated_t: Tensor
-    """[T, N] bool."""
-    truncated_t: Tensor
-    """[T, N] bool; False where the step also terminated, since an episode that ended has no value beyond."""
-    valid_t: Tensor
-    """[T, N] bool: False for reset steps (NEXT_STEP) and after the end of a group's episode."""
-    final_t: Tensor
-    """[K] int64 time index of steps whose true next observation is not in ``obs``: truncated, reset at once."""
-    final_n: Tensor
-    """[K] int64 their environment."""
-    final_obs: Obs
-    """[K, ...] their true next observation."""
-    episodes: list[tuple[float, int]]
-    """Undiscounted return and length of every episode that ended in this rollout, in order of time."""
-    simulation_s: float
-    """Seconds spent inside the environments."""
-    group: Tensor | None = None
-    """[N] int64 group of each episode, from ``collect_groups``."""
-
-    def rollout(self, **estimates: Any) -> Rollout:
-        """This data with the caller's estimates (logp_old, value, value_t, advantage, value_target, dist_old)."""
-        return Rollout(
-            self.obs, self.action, self.reward_t, self.terminated_t, self.truncated_t, self.valid_t,
-            **{"group": self.group, **estimates},
-        )  # fmt: skip
-
-
-def next_values(value_fn: Callable[[Obs], Tensor], collected: Collected) -> tuple[Tensor, Tensor]:
-    """Values before and after every step, from one call of ``value_fn``.
-
-    Args:
-        value_fn: Observations [M, ...] to values [M].
-        collected: A rollout.
-
-    Returns:
-        ``value`` [T, N] of ``obs``, and ``value_t`` [T, N] of the true next observation: the final observation where
-        an episode was truncated, zero where it terminated, ``value`` of the next row elsewhere.
-    """
-    c = collected
-    steps, n = c.reward_t.shape
-    if isinstance(c.obs, dict):
-        assert isinstance(c.last_obs, dict) and isinstance(c.final_obs, dict)
-        merged: Obs = {k: torch.cat([c.obs[k].flatten(0, 1), c.last_obs[k], c.final_obs[k]]) for k in c.obs}
-    else:
-        assert isinstance(c.last_obs, Tensor) and isinstance(c.final_obs, Tensor)
-        merged = torch.cat([c.obs.flatten(0, 1), c.last_obs, c.final_obs])
-    # cloned, as value_fn may run in inference mode and these take part in losses
-    values = value_fn(merged).detach().clone()
-    value = values[: steps * n].view(steps, n)
-    value_t = values[n : (steps + 1) * n].view(steps, n).clone()
-    value_t[c.final_t, c.final_n] = values[(steps + 1) * n :]
-    return value, value_t.masked_fill(c.terminated_t, 0.0)
 
 
 def border_seeds(seed: int, border: int, n_envs: int) -> list[int]:
@@ -158,6 +94,7 @@ class Collector:
         self._groups: gym.vector.VectorEnv | None = None
         self._obs: Any = None
         self._params: Any = None
+        self._broken = False
 
     # -- borders ------------------------------------------------------------------------------
 
@@ -185,7 +122,7 @@ class Collector:
         if not isinstance(self.env, LeanSyncVectorEnv):
             name = self.spec.id if self.spec is not None else type(self.env).__name__
             check_observation(self.env.observation_space, obs, name)
-        self._obs = _copy(obs)
+        self._obs, self._broken = copy_obs(obs), False
         self._ended = np.zeros(self.n_envs, dtype=np.bool_)
         self._return, self._length = np.zeros(self.n_envs), np.zeros(self.n_envs, dtype=np.int64)
 
@@ -208,6 +145,8 @@ class Collector:
         Raises:
             NonFiniteError: A reward, observation or action is NaN or infinite. Nothing of the rollout survives.
         """
+        if self._broken:
+            raise RuntimeError("the last rollout did not complete; call border(seed, number) before the next one")
         if self._obs is None:
             self.border(self.seed, 0)
         env, policy, device = self.env, self.policy, self.device
@@ -226,7 +165,7 @@ class Collector:
         rewards, terminations, truncations = storage.reward, storage.terminated, storage.truncated
         clock, disabled, on_cpu = time.perf_counter, self._disabled, device.type == "cpu"
         simulation, t = 0.0, 0
-        next_obs, self._obs = self._obs, None  # stays None if anything below raises
+        next_obs, self._broken = self._obs, True
         try:
             with torch.inference_mode():
                 obs = write_obs(0, next_obs)
@@ -243,18 +182,18 @@ class Collector:
                         next_obs = self._reset_ended(t, next_obs, terminations[t], truncations[t], finals)
                     simulation += clock() - began
                     if infos and "final_obs" in infos:
-                        _keep_finals(t, infos, terminations[t], truncations[t], finals)
+                        keep_finals(t, infos, terminations[t], truncations[t], finals)
                     obs = write_obs(t + 1, next_obs)
         except Exception as error:
             self._history.add(sent[: t + 1])
-            if (found := guard.first(storage, sent, finals, t + 1, self._reset_steps(storage))) is not None:
-                raise self._history.error(found, storage, n_steps_run=t + 1, sent=sent) from error
+            if (found := guard.first(storage, sent, finals, t + 1, t + 1)) is not None:
+                raise self._history.error(found, storage, t + 1, t + 1) from error
             raise
         self._history.add(sent)
-        valid = storage.valid = self._reset_steps(storage)
-        if (found := guard.first(storage, sent, finals, n_steps, valid)) is not None:
-            raise self._history.error(found, storage, n_steps_run=n_steps, sent=sent)
-        self._obs = _copy(next_obs)
+        self._mark_reset_steps(storage)
+        if (found := guard.first(storage, sent, finals, n_steps, n_steps + 1)) is not None:
+            raise self._history.error(found, storage, n_steps, n_steps + 1)
+        self._obs, self._broken = copy_obs(next_obs), False
         if self._next_step:
             self._ended = terminations[-1] | truncations[-1]
         return assemble(storage, finals, self._episodes(storage), simulation)
@@ -264,19 +203,16 @@ class Collector:
         ended = terminated | truncated
         if not ended.any():
             return obs
-        for n in np.flatnonzero(truncated & ~terminated):
-            finals.append((t, int(n), _row(obs, n)))
+        finals += [(t, int(n), row_of(obs, n)) for n in np.flatnonzero(truncated & ~terminated)]
         assert self.env is not None
         return self.env.reset(options={"reset_mask": ended})[0]
 
-    def _reset_steps(self, storage: RolloutStorage) -> np.ndarray:
-        """[T, N] False at the steps that only reset: with NEXT_STEP, each one after an end, across rollouts too."""
-        valid = storage.valid
+    def _mark_reset_steps(self, storage: RolloutStorage) -> None:
+        """Mark the steps that only reset: with NEXT_STEP, each one after an end, across rollouts too."""
         if self._next_step:
-            valid[0] = ~self._ended
-            valid[1:] = ~(storage.terminated | storage.truncated)[:-1]
-            storage.reward[~valid] = 0.0
-        return valid
+            storage.valid[0] = ~self._ended
+            storage.valid[1:] = ~(storage.terminated | storage.truncated)[:-1]
+            storage.reward[~storage.valid] = 0.0
 
     def _episodes(self, storage: RolloutStorage) -> list[tuple[float, int]]:
         """Returns and lengths of the episodes that ended, in order of time; the others run on."""
@@ -318,8 +254,6 @@ class Collector:
             ValueError: EnvPool, a live environment whose autoreset is not disabled, or no limit at all.
             NonFiniteError: As in :meth:`collect`.
         """
-        from ctrlrl.engine.groups import run_groups
-
         if self.spec is not None and self.spec.backend == "envpool":
             raise ValueError(f"{self.spec.id}: groups need reset(seed=...), which EnvPool ignores; use backend='sync'")
         if self._live is not None:
@@ -352,62 +286,3 @@ class Collector:
             if env is not None and env is not self._live:
                 env.close()
         self.env = self._groups = self._obs = None
-
-
-def assemble(
-    storage: RolloutStorage,
-    finals: list[tuple[int, int, Any]],
-    episodes: list[tuple[float, int]],
-    simulation_s: float,
-) -> Collected:
-    """The record of a complete rollout as tensors on its device."""
-    device, steps = storage.device, storage.n_steps
-    place = torch.tensor([(t, n) for t, n, _ in finals], dtype=torch.int64, device=device).reshape(-1, 2)
-    last = storage.obs(steps)
-    if isinstance(last, dict):
-        final: Obs = {k: _stack([o[k] for *_, o in finals], v[0]) for k, v in last.items()}
-        last_obs: Obs = {k: v[0] for k, v in last.items()}
-    else:
-        final, last_obs = _stack([o for *_, o in finals], last[0]), last[0]
-    terminated = torch.from_numpy(storage.terminated).to(device)
-    return Collected(
-        obs=storage.obs(0, steps),
-        last_obs=last_obs,
-        action=storage.action,
-        reward_t=torch.from_numpy(storage.reward).to(device, torch.float32),
-        terminated_t=terminated,
-        truncated_t=torch.from_numpy(storage.truncated & ~storage.terminated).to(device),
-        valid_t=torch.from_numpy(storage.valid).to(device),
-        final_t=place[:, 0],
-        final_n=place[:, 1],
-        final_obs=final,
-        episodes=episodes,
-        simulation_s=simulation_s,
-    )
-
-
-def _stack(values: list[Any], like: Tensor) -> Tensor:
-    if not values:
-        return like[:0]
-    return torch.from_numpy(np.stack([np.asarray(v) for v in values])).to(like.device, like.dtype)
-
-
-def _keep_finals(t: int, infos: Mapping[str, Any], terminated: Any, truncated: Any, finals: list[Any]) -> None:
-    """Note the final observations of what was truncated, from the infos of a SAME_STEP environment."""
-    wanted = truncated & ~terminated
-    if wanted.any():
-        values = infos["final_obs"]
-        for n in np.flatnonzero(wanted):
-            finals.append((t, int(n), _row(values, n)))
-
-
-def _row(values: Any, n: int) -> Any:
-    """A copy of row ``n`` of a (dict of) arrays, or of entry ``n`` of an object array."""
-    if isinstance(values, Mapping):
-        return {k: np.array(v[n]) for k, v in values.items()}
-    entry = values[n]
-    return {k: np.array(v) for k, v in entry.items()} if isinstance(entry, Mapping) else np.array(entry)
-
-
-def _copy(obs: Any) -> Any:
-    return {k: np.array(v) for k, v in obs.items()} if isinstance(obs, Mapping) else np.array(obs)

@@ -116,7 +116,8 @@ def _registered(env_id: str) -> str:
             if error.name != wanted.partition(".")[0] and error.name != wanted:
                 raise
             hint = f" (pip install '{extra}')" if wanted == package else ""
-            raise UnknownEnvironment(f"{env_id!r} is registered by the package {wanted!r}, which is not installed{hint}") from None
+            message = f"{env_id!r} is registered by the package {wanted!r}, which is not installed{hint}"
+            raise UnknownEnvironment(message) from None
     if name in gym.registry:
         return env_id
     try:

@@ -87,7 +87,7 @@ class EnvPoolVector(gym.vector.VectorEnv):
                 f"{self.name}: EnvPool ignores reset(seed=...); give the seeds at construction, or use backend='sync'"
             )
         if options:
-            raise ValueError(f"{self.name}: EnvPool takes no reset options, found {sorted(options)}; use backend='sync'")
+            raise ValueError(f"{self.name}: EnvPool takes no reset options, found {sorted(options)}; use 'sync'")
         obs, infos = self.pool.reset()
         return obs, infos if self.keep_infos else {}
 

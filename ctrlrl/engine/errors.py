@@ -32,3 +32,23 @@ class NonFiniteError(FloatingPointError):
         where = f"environment {env_index}, step {step} since the environments were created"
         seen = f" The steps that led there are in {dump}; ctrlrl.engine.replay.replay shows them again." if dump else ""
         super().__init__(f"non-finite {what} in {where}{': ' + detail if detail else ''}.{seen}")
+
+
+class NonFiniteUpdateError(FloatingPointError):
+    """A loss or a gradient became NaN or infinite; the parameters from before the update were kept.
+
+    Attributes:
+        what: The metric: ``"loss"``, ``"grad_norm"``, ``"value_loss"``, ...
+        step: Environment steps trained.
+        iteration: Iteration of the run.
+        optimiser_step: Optimiser step within the iteration.
+        dump: Checkpoint file with the batch that the update was on, or None.
+    """
+
+    def __init__(self, what: str, step: int, iteration: int, optimiser_step: int, dump: Path | None = None) -> None:
+        self.what, self.step, self.iteration, self.optimiser_step, self.dump = what, step, iteration, optimiser_step, dump
+        seen = f" The batch is in {dump} (ctrlrl.engine.checkpoint.read)." if dump else ""
+        super().__init__(
+            f"non-finite {what} at optimiser step {optimiser_step} of iteration {iteration}, {step:,} environment steps "
+            f"in; the parameters before it were kept. A lower learning rate or gradient clipping may help.{seen}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from ctrlrl.data.rollout import RolloutStorage, torch_dtype
-from ctrlrl.engine import environments, guard
-from ctrlrl.engine.collector import Collected, _row, assemble
+from ctrlrl.engine import guard
+from ctrlrl.engine.collected import Collected, assemble, row_of
+from ctrlrl.engine.errors import NonFiniteError
 from ctrlrl.engine.sync import LeanSyncVectorEnv
 from ctrlrl.types import Obs
 
@@ -38,7 +40,8 @@ def run_groups(
     episode does not depend on the place it ran in, up to the rounding of the policy's batched arithmetic.
     """
     if n_groups < 1 or group_size < 1 or max_steps < 1:
-        raise ValueError(f"n_groups, group_size and max_steps must be at least 1: {n_groups}, {group_size}, {max_steps}")
+        found = f"{n_groups}, {group_size}, {max_steps}"
+        raise ValueError(f"n_groups, group_size and max_steps must each be at least 1, found {found}")
     if len(seeds) != n_groups:
         raise ValueError(f"found {len(seeds)} seeds for {n_groups} groups; every group needs one")
     if isinstance(params, list) and any(p != params[0] for p in params):
@@ -87,13 +90,14 @@ def run_groups(
             ended = terminated | truncated
             for i in places[ended[places]]:
                 if not terminated[i]:
-                    finals.append((int(clock[i]) - 1, int(episode[i]), _row(obs, i)))
+                    finals.append((int(clock[i]) - 1, int(episode[i]), row_of(obs, i)))
                 active[i] = waiting < total
                 if active[i]:
-                    episode[i], clock[i] = waiting, 0
+                    episode[i] = waiting
                     waiting += 1
-                else:
-                    clock[i] = 0
+                elif isinstance(env, LeanSyncVectorEnv):
+                    env.leave(i)
+                clock[i] = 0
             # idle places of an environment that cannot skip them are reset too and then ignored
             again = ended if not isinstance(env, LeanSyncVectorEnv) else ended & active
             if again.any() and active.any():
@@ -124,7 +128,8 @@ def _finish(
     lengths = storage.valid.sum(0)
     longest, total = int(lengths.max()), storage.n_envs
     returns = np.where(storage.valid, storage.reward, 0.0).sum(0)
-    collected = assemble(storage, finals, [(float(r), int(k)) for r, k in zip(returns, lengths, strict=True)], simulation)
+    episodes = [(float(r), int(k)) for r, k in zip(returns, lengths, strict=True)]
+    collected = assemble(storage, finals, episodes, simulation)
     ends = torch.from_numpy(lengths)
     columns = torch.arange(total)
     everything = storage.obs()
@@ -139,8 +144,9 @@ def _finish(
     def whole(x: Any) -> Any:
         return {k: v.to(device) for k, v in x.items()} if isinstance(x, dict) else x.to(device)
 
+    timed = ("obs", "action", "reward_t", "terminated_t", "truncated_t", "valid_t")
     return collected._replace(
-        **{k: cut(getattr(collected, k)) for k in ("obs", "action", "reward_t", "terminated_t", "truncated_t", "valid_t")},
+        **{k: cut(getattr(collected, k)) for k in timed},
         **{k: whole(getattr(collected, k)) for k in ("final_t", "final_n", "final_obs")},
         last_obs=last,
         group=(columns // group_size).to(device),
@@ -157,23 +163,18 @@ def _guard(
     params: Any,
 ) -> None:
     """Raise for the first non-finite value; the dump replays that one episode in an environment of its own."""
-    found = guard.first(storage, sent, finals, storage.n_steps, storage.valid)
+    found = guard.first(storage, sent, finals, storage.n_steps, storage.n_steps + 1)
     if found is None:
         return
-    from ctrlrl.engine.errors import NonFiniteError
-
     step, column, what = found
     path = None
     if history.folder is not None:
         if history.spec is not None:
-            import dataclasses
-
             history.spec = dataclasses.replace(history.spec, n_envs=1)
         history.seeds = [int(seeds[column // group_size])]
         if params is not None:
             history.params(params[0] if isinstance(params, list) else params)
         rows = {f"obs/{k}": v[: step + 2, column] for k, v in storage.host_obs().items()}
         rows["reward"] = storage.reward[: step + 1, column]
-        written = history.write(what, 0, step, sent[: step + 1, column : column + 1], rows)
-        path = written
+        path = history.write(what, 0, step, sent[: step + 1, column : column + 1], rows)
     raise NonFiniteError(what, column, step, path, f"episode {column} of the groups")

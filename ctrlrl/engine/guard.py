@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 
 def first(
-    storage: RolloutStorage, sent: np.ndarray, finals: list[tuple[int, int, Any]], steps: int, valid: np.ndarray
+    storage: RolloutStorage, sent: np.ndarray, finals: list[tuple[int, int, Any]], steps: int, rows: int
 ) -> Found | None:
     """The earliest non-finite action, reward or observation among the first ``steps`` steps, or None.
 
@@ -36,10 +36,11 @@ def first(
         storage: The rollout.
         sent: [T, N, ...] actions as the environments received them.
         finals: (step, environment, observation) of truncated episodes.
-        steps: Steps begun; the last may have failed, its results are then not looked at.
-        valid: [T, N] False where nothing was chosen or recorded.
+        steps: Steps begun; the last may have failed.
+        rows: Rows of observations that were written; the others hold whatever the memory held.
     """
     found = []
+    valid = storage.valid
     if sent.dtype.kind == "f" and not np.isfinite(sent[:steps]).all():
         bad = ~np.isfinite(sent[:steps].reshape(steps, storage.n_envs, -1)).all(-1) & valid[:steps]
         found += [(t, 0, n, "action") for t, n in zip(*np.nonzero(bad), strict=True)][:1]
@@ -52,10 +53,8 @@ def first(
             found.append((t, 2, n, "final observation"))
             break
     for array in storage.host_obs().values():
-        # rows past the last completed step hold whatever the memory held
-        done = array[: steps + 1] if steps == storage.n_steps else array[:steps]
-        if array.dtype.kind == "f" and not np.isfinite(done).all():
-            bad = ~np.isfinite(done.reshape(len(done), storage.n_envs, -1)).all(-1)
+        if array.dtype.kind == "f" and not np.isfinite(array[:rows]).all():
+            bad = ~np.isfinite(array[:rows].reshape(rows, storage.n_envs, -1)).all(-1)
             found += [(t - 1, 3, n, "observation") for t, n in zip(*np.nonzero(bad), strict=True)][:1]
     if not found:
         return None
@@ -88,15 +87,15 @@ class History:
         """Note that parameters were set before the next step."""
         self._params.append((self.steps, params))
 
-    def error(self, found: Found, storage: RolloutStorage, n_steps_run: int, sent: np.ndarray) -> NonFiniteError:
-        """Write the dump, if there is a folder, and return the error to raise."""
-        step = self.steps - n_steps_run + found.step
+    def error(self, found: Found, storage: RolloutStorage, steps: int, rows: int) -> NonFiniteError:
+        """Write the dump, if there is a folder, and return the error to raise (arguments as of :func:`first`)."""
+        step = self.steps - steps + found.step
         n = found.env_index
-        arrays = {f"obs/{k}": v[: n_steps_run + 1, n] for k, v in storage.host_obs().items()}
-        arrays["reward"] = storage.reward[:n_steps_run, n]
+        arrays = {f"obs/{k}": v[:rows, n] for k, v in storage.host_obs().items()}
+        arrays["reward"] = storage.reward[:steps, n]
         path = None
         if self.folder is not None:
-            actions = np.concatenate(self._chunks)[: step + 1] if self._chunks else sent[:0]
+            actions = np.concatenate(self._chunks)[: step + 1]
             path = self.write(found.what, n, step, actions, arrays)
         return NonFiniteError(found.what, n, step, path)
 

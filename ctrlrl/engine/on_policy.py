@@ -24,7 +24,7 @@ from ctrlrl.engine import environments, runfolder
 from ctrlrl.engine.agent import Agent
 from ctrlrl.engine.collector import Collector, next_values
 from ctrlrl.engine.config import build, to_dict
-from ctrlrl.engine.errors import CheckpointError, NonFiniteError
+from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
 from ctrlrl.engine.evaluate import Evaluation
 from ctrlrl.engine.log import Progress, RunLogger
 from ctrlrl.engine.seeding import derive, generator
@@ -69,6 +69,7 @@ class OnPolicyAgent(Agent):
     """
 
     method = ""
+    policy: ActorCritic
     capabilities: ClassVar[frozenset[str]] = frozenset(
         {
             "resume",
@@ -214,7 +215,7 @@ class OnPolicyAgent(Agent):
             label = f"{self.method} {self._env_name()}"
             bar = stack.enter_context(Progress(self.span[1], self.steps, label, enabled=progress))
             collector = Collector(
-                self.env_spec if self._live is None else self._live,
+                self._source(),
                 self.policy,
                 self.config.n_steps,
                 device=self.device,
@@ -224,7 +225,7 @@ class OnPolicyAgent(Agent):
             stack.callback(collector.close)
             try:
                 self._loop(collector, log, bar, callbacks, interrupted)
-            except NonFiniteError as error:
+            except (NonFiniteError, NonFiniteUpdateError) as error:
                 if self.run_dir is not None:
                     last = self.run_dir / runfolder.CHECKPOINTS / "last.safetensors"
                     error.add_note(f"The last saved state is {last}.")
@@ -281,7 +282,7 @@ class OnPolicyAgent(Agent):
         found = self.updater.run(batch, knobs, generator(self.seed, "shuffle", self.iteration))
         metrics = self._accept(found, batch)
         updated = time.perf_counter()
-        self.policy.update_normalizer(collected.obs, collected.valid_t)  # type: ignore[operator]
+        self.policy.update_normalizer(collected.obs, collected.valid_t)
         self.iteration += 1
         self.steps += self.config.n_steps * self.n_envs
         for episode in collected.episodes:
@@ -298,7 +299,7 @@ class OnPolicyAgent(Agent):
     def _estimate(self, collected: Any) -> SequenceBatch:
         """Values, log-probabilities, scaled rewards and advantages of a rollout, as the batch the losses see."""
         c, config = collected, self.config
-        value, value_t = next_values(lambda o: self.policy.values(o)["value"], c)  # type: ignore[operator]
+        value, value_t = next_values(lambda o: self.policy.values(o)["value"], c)
         cut_t = c.terminated_t | c.truncated_t | ~c.valid_t
         reward_t = self.reward_normalizer(c.reward_t, cut_t, c.valid_t) if config.normalize_reward else c.reward_t
         discount_t = config.gamma * (~c.terminated_t).float()
@@ -353,13 +354,7 @@ class OnPolicyAgent(Agent):
             if isinstance(batch.obs, dict):
                 tensors |= {f"obs/{k}": v for k, v in batch.obs.items()}
             checkpoint.write(dump, tensors, {"kind": "update batch", "quantity": name, "optimiser_step": step})
-        raise NonFiniteError(
-            what=name,
-            env_index=None,
-            step=self.steps,
-            dump=dump,
-            detail=f"optimiser step {step} of iteration {self.iteration}; the parameters before it were kept",
-        )
+        raise NonFiniteUpdateError(name, self.steps, self.iteration, step, dump)
 
     def _progress_metrics(self) -> dict[str, float]:
         values: dict[str, float] = {
@@ -419,7 +414,7 @@ class OnPolicyAgent(Agent):
             **super().tensors(),
             "optimizer/m": state.m,
             "optimizer/v": state.v,
-            "optimizer/count": state.count,
+            "optimizer/clock": state.clock,
             **{f"reward/{k}": v for k, v in self.reward_normalizer.state_dict().items()},
         }
 
@@ -444,7 +439,7 @@ class OnPolicyAgent(Agent):
         self.updater.state = state._replace(
             m=tensors["optimizer/m"].to(self.device),
             v=tensors["optimizer/v"].to(self.device),
-            count=tensors["optimizer/count"].to(self.device),
+            clock=tensors["optimizer/clock"].to(self.device),
         )
         self.iteration, self.steps = counters["iteration"], counters["steps"]
         self.span = (counters["span"][0], counters["span"][1])
@@ -453,13 +448,18 @@ class OnPolicyAgent(Agent):
         self.best, self.episodes = counters["best"], counters["episodes"]
         self.recent = deque(((e[0], int(e[1])) for e in counters["recent"]), maxlen=100)
 
+    def _source(self) -> EnvSpec | gym.Env | gym.vector.VectorEnv:
+        source = self.env_spec if self._live is None else self._live
+        assert source is not None
+        return source
+
     def _env_name(self) -> str:
         return self.env_spec.id if self.env_spec is not None else "live"
 
     def _threads(self) -> int:
         size = sum(p.numel() for p in self.policy.parameters())
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        images = bool(self.policy.preprocess.images)  # type: ignore[union-attr]
+        images = bool(self.policy.preprocess.images)
         return 1 if size < SMALL_NETWORK and not images else cores
 
 

@@ -156,6 +156,10 @@ class LeanSyncVectorEnv(gym.vector.VectorEnv):
                 'reset(options={"reset_mask": terminated | truncated}) before the next step'
             )
 
+    def leave(self, i: int) -> None:
+        """Count environment ``i`` as truncated, for a caller with a step limit of its own."""
+        self._truncated[i] = True
+
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Call the method ``name`` of every environment, or get that attribute."""
         found = [env.get_wrapper_attr(name) for env in self.envs]

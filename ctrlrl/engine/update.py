@@ -33,7 +33,7 @@ class OptState(NamedTuple):
     """[P] first moments."""
     v: Tensor
     """[P] second moments."""
-    count: Tensor
+    clock: Tensor
     """[2] steps taken: by the policy (or joint) update, by the separate value update."""
     alive: Tensor
     """Bool scalar: false once target_kl has stopped this iteration's policy update."""
@@ -151,7 +151,7 @@ def make_step(
         if train_policy and config.target_kl is not None and "approx_kl" in metrics:
             alive = state.alive & (metrics["approx_kl"] <= 1.5 * config.target_kl)
             kept = [torch.where(alive, new, old) for new, old in zip(stepped[:4], state[:4], strict=True)]
-            stepped = OptState(*kept, alive)
+            stepped = OptState(kept[0], kept[1], kept[2], kept[3], alive)
         return stepped, metrics
 
     return step
@@ -171,9 +171,9 @@ def _adam(
     state: OptState, gradient: Tensor, learning_rate: Tensor, eps: float, clock: int, mine: Tensor | None
 ) -> OptState:
     """Adam (Kingma and Ba 2015) with torch.optim.Adam's arithmetic, on the flat vector."""
-    tick = torch.zeros_like(state.count)
+    tick = torch.zeros_like(state.clock)
     tick[clock] = 1.0
-    count = state.count + tick
+    count = state.clock + tick
     t = count[clock]
     m = torch.lerp(state.m, gradient, 0.1)
     v = torch.lerp(state.v, gradient * gradient, 0.001)

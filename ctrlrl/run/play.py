@@ -106,7 +106,8 @@ def _record(
             frame = _frame(env)
             if sink is None:
                 height, width = frame.shape[:2]
-                sink = write_frames(str(temporary), (width, height), fps=rate, macro_block_size=1, quality=8)
+                size = (width, height)
+                sink = write_frames(str(temporary), size, fps=rate, macro_block_size=1, quality=8)  # type: ignore[arg-type]
                 sink.send(None)
                 stack.callback(sink.close)  # finishes the file before atomic_path takes it over
             sink.send(frame)
@@ -176,7 +177,7 @@ def _advice(env: gym.Env, error: Exception) -> str:
     if "mujoco" in type(env.unwrapped).__module__ or "mujoco" in type(error).__module__:
         now = os.environ.get("MUJOCO_GL")
         return said + (
-            f"MUJOCO_GL is {repr(now) if now else 'not set'}: without a screen set MUJOCO_GL=egl (GPU drivers or Mesa's EGL) "
+            f"MUJOCO_GL is {repr(now) if now else 'not set'}: without a screen set MUJOCO_GL=egl (GPU drivers or Mesa) "
             "or MUJOCO_GL=osmesa (software, needs libosmesa6), before starting Python"
         )
     return said + "Without a screen set SDL_VIDEODRIVER=dummy (pygame) or MUJOCO_GL=egl (MuJoCo), or play without video"

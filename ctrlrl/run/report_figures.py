@@ -84,10 +84,12 @@ def intervals(
 
 def short(value: float, _: object = None) -> str:
     """``1500000`` as ``1.5M``; small numbers with as many digits as they need."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * (10 if letter == "k" else 1):
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}", 1) if value < 0 else f"{value:.4g}"
+    text = f"{value:.4g}"
+    for size, letter, first in ((1e9, "G", 1e9), (1e6, "M", 1e6), (1e3, "k", 1e4)):
+        if abs(value) >= first:
+            text = f"{value / size:.4g}{letter}"
+            break
+    return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
 
 
 def _figure(width: float, height: float, rows: Sequence[int] = (1,)) -> tuple[Figure, list[Any]]:

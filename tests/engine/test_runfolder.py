@@ -18,7 +18,13 @@ from ctrlrl.types import EnvSpec
 def make_run(root: Path, env: str = "Pendulum-v1", method: str = "ppo", seed: int = 0) -> Path:
     folder = runfolder.create(root, env, method, seed)
     spec = EnvSpec(env, wrappers=(("pkg.mod:Wrapper", {"k": 1}),))
-    document = {"method": method, "env": spec, "seed": seed, "spaces": {"observation": {"shape": (3,)}}, "total_steps": 5}
+    document = {
+        "method": method,
+        "env": spec,
+        "seed": seed,
+        "spaces": {"observation": {"shape": (3,)}},
+        "total_steps": 5,
+    }
     runfolder.write_json(folder / "config.json", document)
     return folder
 

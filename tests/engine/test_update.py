@@ -131,7 +131,7 @@ def test_target_kl_stops_the_update_but_keeps_the_steps_before_it():
     kls = everything["approx_kl"]
     first = int((kls > 1.5e-3).nonzero()[0])
     assert 0 < first < 15
-    assert int(stopped.state.count[0]) == first, "exactly the steps before the first excess are taken"
+    assert int(stopped.state.clock[0]) == first, "exactly the steps before the first excess are taken"
     assert len(metrics["approx_kl"]) < len(kls)
     assert not torch.equal(stopped.flat.flat, start)
     assert bool(stopped.state._replace(alive=torch.tensor(True)).alive)
@@ -144,14 +144,14 @@ def test_separate_value_phase_leaves_the_other_parameters_alone():
     run(updater, batch, knobs)
     changed = {k for k, v in policy.named_parameters() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith("critics.") for k in changed)
-    assert updater.state.count.tolist() == [0.0, 5.0]
+    assert updater.state.clock.tolist() == [0.0, 5.0]
     policy, updater, batch, knobs = make("mdpo", epochs=3)
     before = {k: v.clone() for k, v in policy.named_parameters()}
     updater.steps = {"policy": updater.steps["policy"]}
     run(updater, batch, knobs)
     changed = {k for k, v in policy.named_parameters() if not torch.equal(v, before[k])}
     assert changed and not any(k.startswith("critics.") for k in changed)
-    assert updater.state.count.tolist() == [3.0, 0.0]
+    assert updater.state.clock.tolist() == [3.0, 0.0]
 
 
 def test_value_clip_bounds_the_step_of_the_value():

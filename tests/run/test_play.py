@@ -18,7 +18,7 @@ from ctrlrl.types import EnvSpec
 STEPS = 6
 
 
-class Film(gym.Env):
+class Film(gym.Env[np.ndarray, Any]):
     """Six steps, reward = action, picture = step number as a grey level; ``break_at`` breaks the camera."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
@@ -48,8 +48,8 @@ class Film(gym.Env):
         return self.drawn if self.drawn is not None else np.full((*self.size, 3), 30 * self.t, np.uint8)
 
 
-gym.register("test/Film-v0", Film, disable_env_checker=True)
-gym.register("test/Endless-v0", Film, max_episode_steps=4, disable_env_checker=True)
+gym.register("test/Film-v0", lambda **kwargs: Film(**kwargs), disable_env_checker=True)
+gym.register("test/Endless-v0", lambda **kwargs: Film(**kwargs), max_episode_steps=4, disable_env_checker=True)
 
 
 @dataclass
@@ -73,7 +73,7 @@ def test_returns_and_seeds() -> None:
     agent = Agent(EnvSpec("test/Film-v0"))
     assert play(agent, episodes=2) == [12.0, 12.0]
     first = [obs for obs, _ in agent.seen if obs.any()]
-    assert len(first) == 2 and not np.array_equal(*first)
+    assert len(first) == 2 and not np.array_equal(first[0], first[1])
     again = Agent(EnvSpec("test/Film-v0"))
     play(again, episodes=2, deterministic=False)
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(agent.seen, again.seen, strict=True))
@@ -128,7 +128,7 @@ def test_mujoco_without_graphics_names_the_variable(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(MujocoEnv, "render", fail)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    with pytest.raises(RenderError, match="MUJOCO_GL is not set: .*MUJOCO_GL=egl.*MUJOCO_GL=osmesa"):
+    with pytest.raises(RenderError, match=r"MUJOCO_GL is not set: .*MUJOCO_GL=egl.*MUJOCO_GL=osmesa"):
         play(Agent(EnvSpec("InvertedPendulum-v5")), video=tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())
 
