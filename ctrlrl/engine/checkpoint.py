@@ -128,7 +128,8 @@ def read(
         ) from error
     if _KEY not in metadata:
         raise CheckpointError(
-            f"{file} is a safetensors file but not a ctrlrl checkpoint: its header has {sorted(metadata) or 'no entries'}, "
+            f"{file} is a safetensors file but not a ctrlrl checkpoint: its header has "
+            f"{sorted(metadata) or 'no entries'}, "
             f"expected an entry {_KEY!r}. Foreign policies are read by ctrlrl.import_policy"
         )
     state = _checked_state(file, metadata[_KEY], tensors)
@@ -305,7 +306,7 @@ def _compare(file: Path, place: str, found: Any, wanted: Any) -> None:
         shown = "nothing" if found is _ABSENT else repr(found)
         raise CheckpointError(
             f"{file} does not fit: {place} is {shown} in the checkpoint, expected {wanted!r}. "
-            "Load it with the settings it was trained with (config.json of its run), or choose the checkpoint of this one"
+            "Load it with the settings it was trained with (config.json of its run), or choose another checkpoint"
         )
 
 

@@ -45,9 +45,9 @@ def resolve(
 ) -> EnvSpec | Live:
     """Check what the user gave as ``env`` and make it definite.
 
-    An id becomes an EnvSpec with its version filled in and a concrete backend: EnvPool where it is installed, the
-    id is known to agree with Gymnasium's (``envpool.VERIFIED``) and there are neither kwargs nor wrappers; else
-    ``sync``. A live environment comes back as it is.
+    An id becomes an EnvSpec with its version filled in and a concrete backend: EnvPool where it is installed, there
+    are several environments, the id is known to agree with Gymnasium's (``envpool.VERIFIED``) and there are neither
+    kwargs nor wrappers; else ``sync``. A live environment comes back as it is.
 
     Args:
         env: Gymnasium id (``ctrlrl/...`` and ``module:Id`` import their package), EnvSpec, or live environment.
@@ -95,7 +95,8 @@ def concrete(spec: EnvSpec) -> EnvSpec:
         envpool.check_spec(spec)
         return spec
     full = _registered(spec.id)
-    fits = full in envpool.VERIFIED and full in envpool.ids() and not spec.kwargs and not spec.wrappers
+    # one environment is faster in this process than handed to a thread and back
+    fits = spec.n_envs > 1 and full in envpool.VERIFIED & envpool.ids() and not spec.kwargs and not spec.wrappers
     backend: Backend = spec.backend if spec.backend != "auto" else "envpool" if fits else "sync"
     return dataclasses.replace(spec, id=full, backend=backend)
 

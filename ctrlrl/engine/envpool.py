@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,12 +15,25 @@ from gymnasium.vector.utils import batch_space
 
 from ctrlrl.types import EnvSpec
 
-VERIFIED: frozenset[str] = frozenset()
-"""Ids whose spaces, step limit, rewards and dynamics were compared with Gymnasium's (tests/engine/test_envpool.py);
-``backend="auto"`` takes EnvPool for these only."""
+logger = logging.getLogger("ctrlrl")
 
-DISAGREE: dict[str, str] = {}
-"""Ids of both libraries that are not the same environment, and why. Never taken by ``backend="auto"``."""
+_MUJOCO = ("Ant", "HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
+
+VERIFIED: frozenset[str] = frozenset(
+    [f"{name}-{version}" for name in _MUJOCO for version in ("v4", "v5")]
+    + ["Humanoid-v5", "HumanoidStandup-v5", "Pusher-v5"]
+    + ["Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
+)
+"""Ids whose spaces, step limit, reset distribution, dynamics, rewards and terminations agree with Gymnasium's
+(tests/engine/test_envpool.py); ``backend="auto"`` takes EnvPool for these only."""
+
+DISAGREE: dict[str, str] = {
+    "Humanoid-v4": "EnvPool's observation holds other contact forces than Gymnasium's, by thousands",
+    "HumanoidStandup-v4": "EnvPool's rewards and the contact forces it observes are other than Gymnasium's",
+    "Pusher-v4": "Gymnasium refuses it with MuJoCo 3, so there is nothing to agree with",
+}
+"""Ids of both libraries that are not known to be the same environment, and why. ``backend="auto"`` never takes
+EnvPool for them; ``backend="envpool"`` does, with a warning."""
 
 
 def installed() -> bool:
@@ -55,6 +69,8 @@ class EnvPoolVector(gym.vector.VectorEnv):
 
     def __init__(self, spec: EnvSpec, seeds: Sequence[int] | None = None, *, keep_infos: bool = False) -> None:
         check_spec(spec)
+        if spec.id in DISAGREE:
+            logger.warning("EnvPool's %s is not Gymnasium's: %s", spec.id, DISAGREE[spec.id])
         import envpool
 
         seeds = list(range(spec.n_envs)) if seeds is None else [int(s) for s in seeds]

@@ -298,7 +298,7 @@ class Progress:
     def _line(self) -> None:
         self._last_line = time.monotonic()
         elapsed, speed = self._last_line - self._began, self.steps_per_s
-        left = (self.total - self.step) / speed if speed > 0 else float("nan")
+        left = max(self.total - self.step, 0) / speed if speed > 0 else float("nan")
         parts = [f"{self.step:,}/{self.total:,} steps", f"{speed:,.0f} steps/s", f"{_clock(elapsed)} elapsed"]
         parts.append(f"{_clock(left)} left")
         parts += [f"{name} {self._shown[tag]:.4g}" for tag, name in _SHOWN.items() if tag in self._shown]

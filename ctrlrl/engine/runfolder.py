@@ -153,11 +153,12 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """metrics.jsonl of a run as a table: ``step`` (int), ``time_s``, one column of floats per tag, NaN where not logged.
+    """metrics.jsonl of a run as a table: ``step`` (int), ``time_s``, one column of floats per tag, NaN where not given.
 
     A torn last line (a run still going, or killed) is left out. A run that logged nothing gives an empty table.
     """
     import pandas as pd
+
     rows = read_lines(Path(path) / METRICS)
     table = pd.DataFrame(rows)
     if table.empty:
@@ -168,7 +169,7 @@ def read_metrics(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def read_evaluations(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """evaluations.jsonl of a run: ``step``, ``time_s``, ``returns`` and ``lengths`` per episode, and what else was given."""
+    """evaluations.jsonl of a run: ``step``, ``time_s``, ``returns`` and ``lengths`` per episode, and any extras."""
     return read_lines(Path(path) / EVALUATIONS)
 
 

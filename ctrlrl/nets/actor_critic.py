@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ctrlrl.nets.cnn import NatureCNN
-from ctrlrl.nets.heads import action_head
+from ctrlrl.nets.heads import ActionHead, action_head
 from ctrlrl.nets.mlp import ACTIVATIONS, mlp, orthogonal
 from ctrlrl.nets.normalizer import ObsNormalizer
+from ctrlrl.nets.sampler import Sampler, sampler
 from ctrlrl.types import Distribution, Obs, PolicyOutput
 
 
@@ -79,6 +80,8 @@ class Preprocess(nn.Module):
         floats = [int(np.prod(s.shape)) for s in self.leaves.values() if isinstance(s, gym.spaces.Box)]
         self.normalizer = ObsNormalizer(sum(floats), clip) if normalize and sum(floats) else None
         self.flat_size = sum(gym.spaces.flatdim(s) for s in self.leaves.values())
+        # one float vector and nothing else, by far the most common observation, skips the bookkeeping below
+        self.plain = isinstance(space, gym.spaces.Box) and not self.images and len(space.shape) == 1
 
     def image_shape(self, key: str) -> tuple[int, int, int]:
         """(C, H, W) of the image observation ``key``."""
@@ -92,6 +95,9 @@ class Preprocess(nn.Module):
         return None if not parts else parts[0].float() if len(parts) == 1 else torch.cat([p.float() for p in parts], 1)
 
     def forward(self, obs: Obs) -> dict[str, Tensor]:
+        if self.plain and isinstance(obs, Tensor):
+            obs = obs if obs.dtype == torch.float32 else obs.float()
+            return {"flat": obs if self.normalizer is None else self.normalizer(obs)}
         out: dict[str, Tensor] = {}
         flat = self.floats(obs)
         parts = [] if flat is None else [flat if self.normalizer is None else self.normalizer(flat)]
@@ -161,10 +167,11 @@ class ActorCritic(nn.Module):
         self.preprocess = Preprocess(observation_space, normalize_obs, clip_obs)
         build = encoder or (None if network.encoder is None else load_encoder(network.encoder))
         self.encoder = build(observation_space) if build else Encoder(self.preprocess, network.image_features)
+        self.plain_encoder = build is None
         features = int(self.encoder.out_features)  # type: ignore[arg-type]
         self.actor = mlp(features, network.actor_hidden, network.activation)
         actor_features = network.actor_hidden[-1] if network.actor_hidden else features
-        self.head = action_head(actor_features, action_space, network.log_std_init, network.action_map)
+        self.head: ActionHead = action_head(actor_features, action_space, network.log_std_init, network.action_map)
         critic_features = network.critic_hidden[-1] if network.critic_hidden else features
         self.critics = nn.ModuleDict(
             {
@@ -204,12 +211,15 @@ class ActorCritic(nn.Module):
 
     def noise(self, n_steps: int, n_envs: int, generator: torch.Generator) -> Tensor:
         """Noise for a whole rollout, [n_steps, n_envs, ...]."""
-        return self.head.noise((n_steps, n_envs), generator)  # type: ignore[operator]
+        return self.head.noise((n_steps, n_envs), generator)
 
-    @torch.inference_mode()
     def act(self, obs: Obs, noise: Tensor) -> Tensor:
         """The actions [N, ...] that ``noise`` selects at observations [N, ...], as the density sees them."""
         return self.distribution(obs).sample(noise)
+
+    def sampler(self) -> Sampler:
+        """``act`` and ``to_env`` in one call, for stepping environments until the parameters change."""
+        return sampler(self)
 
     def distribution(self, obs: Obs) -> Distribution:
         """The action distribution at observations [N, ...]."""
@@ -221,9 +231,8 @@ class ActorCritic(nn.Module):
 
     def to_env(self, obs: Obs, action: Tensor) -> Tensor:
         """Turn the density's actions into the environment's."""
-        return self.head.to_env(action)  # type: ignore[operator]
+        return self.head.to_env(action)
 
-    @torch.inference_mode()
     def values(self, obs: Obs) -> dict[str, Tensor]:
         """All critics at observations [M, ...], each [M]."""
         features = self._features(obs)
@@ -232,18 +241,18 @@ class ActorCritic(nn.Module):
     @property
     def action_shape(self) -> tuple[int, ...]:
         """Shape of one action as the density sees it."""
-        return self.head.action_shape  # type: ignore[return-value]
+        return self.head.action_shape
 
     @property
     def action_dtype(self) -> torch.dtype:
         """Type of the actions as the density sees them."""
-        return self.head.action_dtype  # type: ignore[return-value]
+        return self.head.action_dtype
 
     def _features(self, obs: Obs) -> Tensor:
         inputs = self.preprocess(obs)
-        if isinstance(self.encoder, Encoder) and not self.encoder.keys:
+        if self.preprocess.plain and self.plain_encoder:
             return inputs["flat"]
-        if not isinstance(self.encoder, Encoder) and set(inputs) == {"flat"}:
+        if not self.plain_encoder and set(inputs) == {"flat"}:
             return self.encoder(inputs["flat"])
         return self.encoder(inputs)
 

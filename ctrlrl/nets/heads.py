@@ -40,7 +40,7 @@ class DiagonalGaussian:
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std x noise, with standard normal ``noise`` [..., A]."""
-        return self.mean + self.log_std.exp() * noise
+        return torch.addcmul(self.mean, self.log_std.exp(), noise)
 
     def mode(self) -> Tensor:
         """The mean."""
@@ -167,7 +167,7 @@ class GaussianHead(ActionHead):
             action = self.low + (self.high - self.low) * 0.5 * (torch.tanh(action) + 1.0)
         elif self.bounded:
             action = torch.clamp(action, self.low, self.high)
-        return action.reshape(*action.shape[:-1], *self.env_shape)
+        return action if len(self.env_shape) == 1 else action.reshape(*action.shape[:-1], *self.env_shape)
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -234,10 +234,10 @@ class _Page:
         for (env, label), group in self.groups.items():
             timed = [run for run in group if run.time_s > 0]
             rate = words.median([run.steps / run.time_s for run in timed], lambda v: f"{v:,.0f}")
-            minutes = words.median([run.time_s / 60 for run in timed], lambda v: f"{v:,.1f}")
+            clock = words.median([run.time_s for run in timed], words.clock)
             steps = words.median([run.steps for run in group], lambda v: f"{v:,.0f}")
-            rows.append([env, label, str(len(timed)), steps, minutes, rate])
-        head = ["Environment", "Method", "Runs", "Steps", "Wall-clock (min)", "Steps/s"]
+            rows.append([env, label, str(len(timed)), steps, clock, rate])
+        head = ["Environment", "Method", "Runs", "Steps", "Wall-clock (h:mm:ss)", "Steps/s"]
         return Section("Speed", "speed", tables=[Table(head, rows, 2, "Medians over runs [5]")])
 
     def settings(self) -> Section:

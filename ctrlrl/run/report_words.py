@@ -114,6 +114,12 @@ def spoken(panels: Mapping[str, Mapping[str, Estimate]]) -> str:
     return "; ".join(said) + "."
 
 
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 def median(values: Sequence[float], show: Callable[[float], str]) -> str:
     """Median as text, a dash without values."""
     return show(statistics.median(values)) if values else NONE

@@ -110,7 +110,7 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="truncated|damaged"):
+        with pytest.raises(CheckpointError, match=r"truncated|damaged"):
             checkpoint.read(path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(CheckpointError):
@@ -146,7 +146,7 @@ def test_swapped_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint at .*saved one yet"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*saved one yet"):
         checkpoint.read(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="folder"):
         checkpoint.read(tmp_path)
@@ -156,7 +156,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors", metadata={"who": "else"})
-    with pytest.raises(CheckpointError, match="not a ctrlrl checkpoint.*who"):
+    with pytest.raises(CheckpointError, match=r"not a ctrlrl checkpoint.*who"):
         checkpoint.read(tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match=r"there are foreign\.safetensors"):
         checkpoint.read(tmp_path / "none.safetensors")
@@ -166,7 +166,7 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     checkpoint.write(tmp_path / "a.safetensors", {}, {})
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format 2, this ctrlrl reads format 1. Update"):
+    with pytest.raises(CheckpointError, match=r"format 2, this ctrlrl reads format 1. Update"):
         checkpoint.read(tmp_path / "a.safetensors")
 
 

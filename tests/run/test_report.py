@@ -115,7 +115,7 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
     # pairs in which bpo (10 20 40 90) is above ppo (1 2 4 9): all 16
     assert "bpo > ppo 1 4 and 4 1.00" in text
     assert "config.lr 0.1 0.2" in text
-    assert "A-v0 bpo 4 200 0.3 10" in text  # 200 steps in 20 s
+    assert "A-v0 bpo 4 200 0:00:20 10" in text  # 200 steps in 20 s
     assert "narrower than the truth" in text and "How the numbers were computed" in text
     assert "Machine: Linux, 4 CPUs" in text and "torch 2.9" in text
     images = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', source)
