@@ -124,7 +124,7 @@ def keep_finals(t: int, infos: Mapping[str, Any], terminated: Any, truncated: An
     wanted = truncated & ~terminated
     if wanted.any():
         values = infos["final_obs"]
-        finals += [(t, int(n), row_of(values, n)) for n in np.flatnonzero(wanted)]
+        finals += [(t, int(n), row_of(values, int(n))) for n in np.flatnonzero(wanted)]
 
 
 def row_of(values: Any, n: int) -> Any:

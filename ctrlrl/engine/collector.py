@@ -203,7 +203,7 @@ class Collector:
         ended = terminated | truncated
         if not ended.any():
             return obs
-        finals += [(t, int(n), row_of(obs, n)) for n in np.flatnonzero(truncated & ~terminated)]
+        finals += [(t, int(n), row_of(obs, int(n))) for n in np.flatnonzero(truncated & ~terminated)]
         assert self.env is not None
         return self.env.reset(options={"reset_mask": ended})[0]
 
@@ -216,16 +216,15 @@ class Collector:
 
     def _episodes(self, storage: RolloutStorage) -> list[tuple[float, int]]:
         """Returns and lengths of the episodes that ended, in order of time; the others run on."""
-        ended = storage.terminated | storage.truncated
-        done: list[tuple[int, int, float, int]] = []
-        sums = np.cumsum(storage.reward, axis=0)
-        counts = np.cumsum(storage.valid, axis=0)
-        begun_sum, begun_count = -self._return, -self._length
-        for t, n in zip(*np.nonzero(ended), strict=True):
-            done.append((t, n, sums[t, n] - begun_sum[n], counts[t, n] - begun_count[n]))
-            begun_sum[n], begun_count[n] = sums[t, n], counts[t, n]
-        self._return, self._length = sums[-1] - begun_sum, counts[-1] - begun_count
-        return [(float(total), int(length)) for _, _, total, length in done]
+        sums, counts = np.cumsum(storage.reward, axis=0), np.cumsum(storage.valid, axis=0)
+        # what had been gathered before this rollout, as if the sums had begun that much below zero
+        sum_0, count_0 = -self._return, -self._length
+        finished: list[tuple[float, int]] = []
+        for t, n in np.argwhere(storage.terminated | storage.truncated):
+            finished.append((float(sums[t, n] - sum_0[n]), int(counts[t, n] - count_0[n])))
+            sum_0[n], count_0[n] = sums[t, n], counts[t, n]
+        self._return, self._length = sums[-1] - sum_0, counts[-1] - count_0
+        return finished
 
     # -- groups -------------------------------------------------------------------------------
 

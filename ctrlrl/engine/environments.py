@@ -130,16 +130,12 @@ def _registered(env_id: str) -> str:
         return f"{env_id}-v{newest}"
     known = sorted(gym.registry)
     versions = [k for k in known if k.rpartition("-v")[0] == name.rpartition("-v")[0]]
-    near = versions or difflib.get_close_matches(name, known, n=3, cutoff=0.6) or _same_letters(name, known)
+    folded = {k.lower(): k for k in known}
+    near = versions or [folded[k] for k in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.6)]
     hint = f" Did you mean {' or '.join(near)}?" if near else " See `ctrlrl list envs`."
     if name in envpool.ids():
         hint = " EnvPool has it: use backend='envpool'."
     raise UnknownEnvironment(f"no environment {env_id!r} is registered.{hint}")
-
-
-def _same_letters(name: str, known: Sequence[str]) -> list[str]:
-    folded = {k.lower(): k for k in known}
-    return [folded[k] for k in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.6)]
 
 
 def build_env(spec: EnvSpec) -> gym.Env:
@@ -235,7 +231,8 @@ def start(env: gym.vector.VectorEnv, seeds: Sequence[int] | None) -> Any:
     """Reset ``env`` with one seed each (EnvPool: as it was built) and return the observations [N, ...]."""
     if seeds is None or isinstance(env, envpool.EnvPoolVector):
         return env.reset()[0]
-    return env.reset(seed=list(seeds))[0]
+    each: Any = list(seeds)  # Gymnasium's vector environments take lists, which its base class does not say
+    return env.reset(seed=each)[0]
 
 
 def wrap_live(env: Live) -> gym.vector.VectorEnv:
@@ -321,7 +318,7 @@ def set_params(env: gym.vector.VectorEnv, params: Mapping[str, float] | Sequence
             raise ValueError(refusal)
         env.set_attr("params_mailbox", each)
     elif not isinstance(env, envpool.EnvPoolVector) and hasattr(env, "call") and all(p == each[0] for p in each):
-        env.call("set_params", each[0])
+        env.call("set_params", each[0])  # type: ignore[attr-defined]
     else:
         raise ValueError(refusal)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -17,7 +18,16 @@ from ctrlrl.types import EnvSpec
 
 logger = logging.getLogger("ctrlrl")
 
-_MUJOCO = ("Ant", "HalfCheetah", "Hopper", "InvertedDoublePendulum", "InvertedPendulum", "Reacher", "Swimmer", "Walker2d")
+_MUJOCO = (
+    "Ant",
+    "HalfCheetah",
+    "Hopper",
+    "InvertedDoublePendulum",
+    "InvertedPendulum",
+    "Reacher",
+    "Swimmer",
+    "Walker2d",
+)
 
 VERIFIED: frozenset[str] = frozenset(
     [f"{name}-{version}" for name in _MUJOCO for version in ("v4", "v5")]
@@ -77,13 +87,16 @@ class EnvPoolVector(gym.vector.VectorEnv):
         if len(seeds) != spec.n_envs or any(not 0 <= s < 2**31 for s in seeds):
             raise ValueError(f"EnvPool needs {spec.n_envs} seeds in [0, 2^31), found {seeds}")
         options: dict[str, Any] = {} if (limit := step_limit(spec.id)) is None else {"max_episode_steps": limit}
-        self.pool = envpool.make(
+        self.pool: Any = envpool.make(
             spec.id, env_type="gymnasium", num_envs=spec.n_envs, num_threads=spec.threads or 0, seed=seeds, **options
         )
         self.name, self.num_envs, self.keep_infos = spec.id, spec.n_envs, keep_infos
         self.metadata = {**self.pool.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.single_observation_space = self.pool.observation_space
-        self.single_action_space = space = self.pool.action_space
+        with warnings.catch_warnings():
+            # EnvPool states float32 bounds in float64, of which Gymnasium warns
+            warnings.simplefilter("ignore")
+            self.single_observation_space = self.pool.observation_space
+            self.single_action_space = space = self.pool.action_space
         self._action_dtype = space.dtype
         if isinstance(space, gym.spaces.Box) and space.dtype == np.float64:
             self.single_action_space = gym.spaces.Box(

@@ -65,8 +65,12 @@ def run_groups(
     clock = np.zeros(n, dtype=np.int64)
     waiting = min(n, total)
     simulation = 0.0
-    # seeds of places without an episode do not matter, but must be there
-    obs, _ = env.reset(seed=[int(seeds[min(e, total - 1) // group_size]) for e in episode])
+
+    def place_seeds() -> Any:
+        # seeds of places without an episode do not matter, but must be there
+        return [int(seeds[min(int(k), total - 1) // group_size]) for k in episode]
+
+    obs, _ = env.reset(seed=place_seeds())
     with torch.inference_mode():
         while active.any():
             places = np.flatnonzero(active)
@@ -101,8 +105,7 @@ def run_groups(
             # idle places of an environment that cannot skip them are reset too and then ignored
             again = ended if not isinstance(env, LeanSyncVectorEnv) else ended & active
             if again.any() and active.any():
-                fresh = [int(seeds[min(k, total - 1) // group_size]) for k in episode]
-                obs, _ = env.reset(seed=fresh, options={"reset_mask": again})
+                obs, _ = env.reset(seed=place_seeds(), options={"reset_mask": again})
     _guard(history, storage, sent, finals, seeds, group_size, params)
     return _finish(storage, finals, simulation, group_size, device)
 

@@ -28,7 +28,7 @@ def space_to_json(space: gym.Space) -> dict[str, Any]:
         sizes = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
         return {"type": "MultiDiscrete", "dtype": str(space.dtype), **sizes}
     if isinstance(space, gym.spaces.MultiBinary):
-        return {"type": "MultiBinary", "shape": list(space.shape)}
+        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
     raise TypeError(
         f"a space of type {type(space).__name__} cannot be saved; expected Box, Discrete, MultiDiscrete, MultiBinary "
         "or a Dict of these. gymnasium.wrappers.FlattenObservation turns observations of other spaces into a Box."
@@ -54,7 +54,7 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
         if kind == "MultiDiscrete":
             return gym.spaces.MultiDiscrete(data["nvec"], dtype=np.dtype(data["dtype"]), start=data["start"])
         if kind == "MultiBinary":
-            return gym.spaces.MultiBinary(data["shape"])
+            return gym.spaces.MultiBinary(data["n"])
     except KeyError as error:
         raise ValueError(f"the saved {kind} space lacks the entry {error}; found {sorted(data)}") from None
     raise ValueError(

@@ -90,7 +90,10 @@ class LeanSyncVectorEnv(gym.vector.VectorEnv):
             options: Passed on to the environments, without ``reset_mask``.
         """
         n = self.num_envs
-        seeds = [None if seed is None else seed + i for i in range(n)] if seed is None or _is_int(seed) else list(seed)
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds: list[Any] = [None if seed is None else int(seed) + i for i in range(n)]
+        else:
+            seeds = list(seed)
         if len(seeds) != n:
             raise ValueError(f"found {len(seeds)} seeds for {n} environments; give one seed each or a single int")
         mask = None
@@ -186,10 +189,6 @@ class LeanSyncVectorEnv(gym.vector.VectorEnv):
         """Close the environments."""
         for env in self.envs:
             env.close()
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer)
 
 
 def _check_mask(mask: Any, n: int) -> np.ndarray:

@@ -45,6 +45,8 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+        if self.action_map not in ("clip", "tanh"):
+            raise ValueError(f"action_map={self.action_map!r} is unknown; expected clip or tanh")
 
 
 def is_image(space: gym.Space) -> bool:
@@ -81,7 +83,7 @@ class Preprocess(nn.Module):
         self.normalizer = ObsNormalizer(sum(floats), clip) if normalize and sum(floats) else None
         self.flat_size = sum(gym.spaces.flatdim(s) for s in self.leaves.values())
         # one float vector and nothing else, by far the most common observation, skips the bookkeeping below
-        self.plain = isinstance(space, gym.spaces.Box) and not self.images and len(space.shape) == 1
+        self.plain = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
 
     def image_shape(self, key: str) -> tuple[int, int, int]:
         """(C, H, W) of the image observation ``key``."""

@@ -152,8 +152,8 @@ class GaussianHead(ActionHead):
         self.bounded = bool(np.isfinite(space.low).any() or np.isfinite(space.high).any())
         if action_map == "tanh" and not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
             raise ValueError(f"action_map='tanh' needs finite bounds, found {space}; use action_map='clip'")
-        self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32).flatten(), persistent=False)
-        self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32).flatten(), persistent=False)
+        self.register_buffer("low", _inward(space.low, np.inf), persistent=False)
+        self.register_buffer("high", _inward(space.high, -np.inf), persistent=False)
 
     def forward(self, features: Tensor) -> Distribution:
         mean = self.linear(features)
@@ -165,9 +165,16 @@ class GaussianHead(ActionHead):
     def to_env(self, action: Tensor) -> Tensor:
         if self.action_map == "tanh":
             action = self.low + (self.high - self.low) * 0.5 * (torch.tanh(action) + 1.0)
-        elif self.bounded:
+        if self.bounded:  # the map too may round to one unit in the last place beyond
             action = torch.clamp(action, self.low, self.high)
         return action if len(self.env_shape) == 1 else action.reshape(*action.shape[:-1], *self.env_shape)
+
+
+def _inward(bound: np.ndarray, inside: float) -> Tensor:
+    """[A] the bound in float32, never outside the space's own: 0.1 in float64 would round up."""
+    rounded = bound.astype(np.float32)
+    beyond = rounded < bound if inside > 0 else rounded > bound
+    return torch.from_numpy(np.where(beyond, np.nextafter(rounded, np.float32(inside)), rounded).flatten())
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

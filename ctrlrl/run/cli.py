@@ -189,7 +189,7 @@ def _parse_training(method: str, words: list[str]) -> tuple[Train, dict[str, Any
         ],
         frozen=True,
     )
-    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=f"{loss.paper}\n\n{loss.__doc__}")
+    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=loss.paper)
     loop = {f.name: getattr(parsed.loop, f.name) for f in dataclasses.fields(parsed.loop)}
     network = loop.pop("network")
     settings = loop | {f.name: getattr(network, f.name) for f in dataclasses.fields(network)}

@@ -100,5 +100,11 @@ def test_storage_refuses_what_tensors_cannot_hold():
 
 
 def test_dtypes():
-    kinds = {np.float64: torch.float32, np.uint8: torch.uint8, np.uint16: torch.int64, np.int64: torch.int64, bool: torch.bool}
+    kinds = {
+        np.float64: torch.float32,
+        np.uint8: torch.uint8,
+        np.uint16: torch.int64,
+        np.int64: torch.int64,
+        bool: torch.bool,
+    }
     assert {k: torch_dtype(k) for k in kinds} == kinds

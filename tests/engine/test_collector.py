@@ -201,10 +201,12 @@ def test_lean_equals_gymnasiums_own():
     spec = noisy()
     own = SyncVectorEnv([envs.Noisy] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
     other = Collector(own, FeedbackPolicy(), 16)
+    truncations = 0
     for k in range(6):
         x, y = spec.collect(gen(k)), other.collect(gen(k))
         assert same(x, y)
-    assert len(x.final_t) > 0
+        truncations += len(x.final_t)
+    assert truncations > 5
 
 
 def test_episodes_cut_by_a_border_are_not_reported():
@@ -294,11 +296,10 @@ def test_a_non_finite_final_observation_and_action():
             return torch.full_like(action, float("nan"))
 
     with pytest.raises(NonFiniteError, match="action in environment 0, step 0"):
-        make("spec:sync", "ActionEcho", 5, policy=Broken()) if False else Collector(
-            EnvSpec(envs.env_id("ActionEcho")), Broken(), 3
-        ).collect(gen())
+        Collector(EnvSpec(envs.env_id("ActionEcho")), Broken(), 3).collect(gen())
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["sync", "async"])
 @pytest.mark.parametrize(("name", "found"), [("WrongShape", r"\(2,\)"), ("WrongKind", "float64")])
 def test_observations_that_contradict_their_space(backend, name, found):

@@ -32,6 +32,9 @@ class Counter(gym.Env):
     def obs(self):
         return np.array([10.0 * self.episode + self.t])
 
+    def render(self):
+        return None
+
     def step(self, action):
         self.t += 1
         end = self.t == self.length
@@ -63,7 +66,13 @@ class Noisy(gym.Env):
 
     def step(self, action):
         obs = self.np_random.normal(size=3).astype(np.float32) + np.float32(action[0])
-        return obs, float(self.np_random.normal()), bool(self.np_random.random() < 0.1), bool(self.np_random.random() < 0.1), {}
+        return (
+            obs,
+            float(self.np_random.normal()),
+            bool(self.np_random.random() < 0.1),
+            bool(self.np_random.random() < 0.1),
+            {},
+        )
 
 
 class ActionEcho(gym.Env):
@@ -116,7 +125,7 @@ class DictObs(Counter):
     )
 
     def obs(self):
-        value = 10 * self.episode + self.t
+        value = (10 * self.episode + self.t) % 256
         return {"image": np.full((2, 2, 1), value, np.uint8), "vector": np.array([float(value)]), "mode": self.t}
 
 
@@ -124,7 +133,7 @@ class Image(Counter):
     observation_space = gym.spaces.Box(0, 255, (3, 4, 4), np.uint8)
 
     def obs(self):
-        return np.full((3, 4, 4), 10 * self.episode + self.t, np.uint8)
+        return np.full((3, 4, 4), (10 * self.episode + self.t) % 256, np.uint8)
 
 
 class Choice(Counter):
