@@ -127,6 +127,8 @@ def load(
         env = EnvSpec(**{**spec, "wrappers": wrappers})
     settings = dict(document["config"])
     settings |= settings.pop("network")
+    if encoder is not None:
+        settings["encoder"] = encoder
     if device is not None:
         settings["device"] = device
     elif str(settings["device"]).startswith("cuda"):
@@ -134,6 +136,6 @@ def load(
     cls = get_method(document["method"])
     loss = losses.get(document["method"])
     settings |= {k: v for k, v in document["loss"].items() if k in configs.field_names(loss)}
-    agent = cls(env, seed=document["seed"], encoder=encoder, **settings)
+    agent = cls(env, seed=document["seed"], **settings)
     agent.load_checkpoint(folder, checkpoint)
     return agent

@@ -4,7 +4,8 @@ Everyone has one environment on Gymnasium's simulator, 2048 steps per iteration,
 3e-4, gamma 0.99, GAE 0.95, running normalisation of observations and rewards, and the loss's own defaults. The
 score of a run is the mean return of 100 deterministic episodes of its last checkpoint, from fixed reset seeds.
 Each run is a shard (one JSON file); a later call adds the missing ones and merges all. The table gives, per task,
-the mean over seeds with a 95 % bootstrap interval over runs (rliable, 5,000 repetitions).
+the interquartile mean over seeds (the plain mean, for three) with a 95 % bootstrap interval over runs (rliable,
+5,000 repetitions).
 
     python scripts/bench_returns.py --minutes 60 --out bench/returns
 """
@@ -84,7 +85,8 @@ def shard(args: argparse.Namespace, env: str, method: str, seed: int) -> Path:
 
 def table(args: argparse.Namespace) -> dict:
     import numpy as np
-    from rliable import library, metrics
+
+    from ctrlrl.run.report_statistics import iqm
 
     found: dict[str, dict] = {}
     for env in args.envs:
@@ -94,15 +96,12 @@ def table(args: argparse.Namespace) -> dict:
             scores.setdefault(data["method"], []).append(float(np.mean(data["returns"])))
         if not scores:
             continue
-        matrices = {m: np.array(s)[:, None] for m, s in scores.items()}
-        point, interval = library.get_interval_estimates(
-            matrices, lambda x: np.array([metrics.aggregate_mean(x)]), reps=5000
-        )
+        estimates = {m: iqm(np.array(s)[:, None], reps=5000) for m, s in scores.items()}
         order = [m for m in METHODS if m in scores] + sorted(set(scores) - set(METHODS))
         found[env] = {
             m: {
-                "seeds": len(scores[m]), "mean": round(float(point[m][0]), 1),
-                "low": round(float(interval[m][0, 0]), 1), "high": round(float(interval[m][1, 0]), 1),
+                "seeds": len(scores[m]), "iqm": round(estimates[m].point, 1),
+                "low": round(estimates[m].low, 1), "high": round(estimates[m].high, 1),
                 "runs": [round(s, 1) for s in scores[m]],
             }
             for m in order
@@ -132,6 +131,8 @@ def main() -> None:
     while running or (queue and time.monotonic() < deadline):
         while queue and len(running) < args.jobs and time.monotonic() < deadline:
             job = queue.pop(0)
+            if shard(args, *job).exists():  # made by another call meanwhile
+                continue
             command = [sys.executable, __file__, "--steps", str(args.steps), "--out", str(args.out), "--worker"]
             running.append((job, subprocess.Popen([*command, *map(str, job)], env=environment)))
         time.sleep(0.5)
@@ -144,7 +145,7 @@ def main() -> None:
     for env, rows in merged.items():
         print(env)
         for method, row in rows.items():
-            print(f"  {method:14} {row['mean']:8.1f}  [{row['low']:.1f}, {row['high']:.1f}]  {row['seeds']} seeds")
+            print(f"  {method:14} {row['iqm']:8.1f}  [{row['low']:.1f}, {row['high']:.1f}]  {row['seeds']} seeds")
 
 
 if __name__ == "__main__":

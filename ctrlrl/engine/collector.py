@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,10 @@ class ActorProtocol(Protocol):
 
     def to_env(self, obs: Obs, action: Tensor) -> Tensor:
         """The environment's actions [N, ...]."""
+        ...
+
+    def sampler(self) -> Callable[[Obs, Tensor], tuple[Tensor, Tensor]]:
+        """``act`` and ``to_env`` in one call, valid while the parameters stay as they are."""
         ...
 
 
@@ -159,9 +163,7 @@ class Collector:
         noise = policy.noise(n_steps, self.n_envs, generator).to(device).unbind(0)
         sent = np.empty((n_steps, self.n_envs, *(space.shape or ())), dtype=space.dtype)
         finals: list[tuple[int, int, Any]] = []
-        act, to_env, step, write_obs, write_action = (
-            policy.act, policy.to_env, env.step, storage.write_obs, storage.write_action,
-        )  # fmt: skip
+        sample, step, write_obs, write_action = policy.sampler(), env.step, storage.write_obs, storage.write_action
         rewards, terminations, truncations = storage.reward, storage.terminated, storage.truncated
         clock, disabled, on_cpu = time.perf_counter, self._disabled, device.type == "cpu"
         simulation, t = 0.0, 0
@@ -170,9 +172,8 @@ class Collector:
             with torch.inference_mode():
                 obs = write_obs(0, next_obs)
                 for t in range(n_steps):
-                    action = act(obs, noise[t])
+                    action, out = sample(obs, noise[t])
                     write_action(t, action)
-                    out = to_env(obs, action)
                     # a row of our own: the environment may keep the array it is given
                     row = sent[t]
                     row[...] = out.numpy() if on_cpu else out.cpu().numpy()

@@ -30,7 +30,7 @@ from ctrlrl.engine.log import Progress, RunLogger
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.update import Updater, compiler_available
 from ctrlrl.losses import base as losses
-from ctrlrl.nets.actor_critic import ActorCritic
+from ctrlrl.nets.actor_critic import ActorCritic, encoder_path
 from ctrlrl.nets.normalizer import RewardNormalizer
 from ctrlrl.types import Backend, EnvSpec, SequenceBatch
 
@@ -64,7 +64,7 @@ class OnPolicyAgent(Agent):
         backend: sync, async, envpool or auto.
         env_kwargs: Keyword arguments of the environment, with an id.
         preset: Named settings of the method.
-        encoder: Your own encoder class (see NetworkConfig.encoder), if it cannot be imported by name.
+        encoder: Your own encoder class, or its ``package.module:Class`` (see NetworkConfig.encoder).
         **settings: Fields of OnPolicyConfig, NetworkConfig and the loss, by name.
     """
 
@@ -99,6 +99,10 @@ class OnPolicyAgent(Agent):
         **settings: Any,
     ) -> None:
         self.method = method or self.method
+        if encoder is not None:
+            # by name where it has one, so that the run can be loaded without passing it again
+            settings["encoder"] = encoder if isinstance(encoder, str) else encoder_path(encoder)
+            encoder = None if settings["encoder"] is not None else encoder
         config, self.loss = build(losses.get(self.method), settings, preset)
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)

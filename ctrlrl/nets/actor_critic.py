@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -271,3 +271,12 @@ def load_encoder(path: str) -> Callable[..., nn.Module]:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"cannot load the encoder {path!r} (expected 'package.module:Class'): {error}") from error
+
+
+def encoder_path(encoder: Any) -> str | None:
+    """``package.module:Class`` of an encoder class; None where another process could not import it by that."""
+    path = f"{getattr(encoder, '__module__', '')}:{getattr(encoder, '__qualname__', '')}"
+    try:
+        return path if load_encoder(path) is encoder and not path.startswith("__main__") else None
+    except ValueError:
+        return None

@@ -24,6 +24,9 @@ class NoisePolicy:
     def to_env(self, obs, action):
         return action + self.start if self.choices else action.clamp(-1.0, 1.0)
 
+    def sampler(self):
+        return lambda obs, noise: (action := self.act(obs, noise), self.to_env(obs, action))
+
 
 class FeedbackPolicy(NoisePolicy):
     """The action depends on the observation, so that any wrong observation shows."""
