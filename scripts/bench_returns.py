@@ -100,8 +100,8 @@ def table(args: argparse.Namespace) -> dict:
         order = [m for m in METHODS if m in scores] + sorted(set(scores) - set(METHODS))
         found[env] = {
             m: {
-                "seeds": len(scores[m]), "iqm": round(estimates[m].point, 1),
-                "low": round(estimates[m].low, 1), "high": round(estimates[m].high, 1),
+                "seeds": len(scores[m]), "iqm": round(estimates[m].value, 1),
+                "low": round(estimates[m].low or estimates[m].value, 1), "high": round(estimates[m].high or estimates[m].value, 1),
                 "runs": [round(s, 1) for s in scores[m]],
             }
             for m in order

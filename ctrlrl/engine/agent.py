@@ -92,6 +92,8 @@ class Agent:
                 "this agent was built on a live environment without an id, which cannot be rebuilt for evaluation; "
                 "register it with gymnasium and pass its id or an EnvSpec"
             )
+        if not self.can_evaluate:
+            raise ValueError(f"{self.env_spec.id} exists only in EnvPool, which cannot start an episode from a seed")
         width = min(episodes, n_envs or 10)
         spec = EnvSpec(self.env_spec.id, self.env_spec.kwargs, self.env_spec.wrappers, width, "sync")
         env = environments.make_vector(spec, autoreset="disabled")
@@ -100,6 +102,17 @@ class Agent:
                 return evaluate(env, lambda o, _: self._act_batch(o, deterministic), episodes, self._eval_seed(seed))
         finally:
             env.close()
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether fresh environments can be built for :meth:`evaluate`."""
+        if self.env_spec is None:
+            return False
+        try:
+            environments.resolve(self.env_spec, backend="sync")
+        except environments.UnknownEnvironment:
+            return False
+        return True
 
     def _eval_seed(self, seed: int | None) -> int:
         return derive(self.seed if seed is None else seed, "evaluate")
@@ -124,6 +137,9 @@ class Agent:
             batched = {b for _, b in parts.values()}
             if len(batched) > 1:
                 raise ValueError("some entries of the dict observation have a batch dimension and some have not")
+            sizes = {k: v.shape[0] for k, (v, _) in parts.items()}
+            if len(set(sizes.values())) > 1:
+                raise ValueError(f"the entries of the dict observation have batches of different sizes: {sizes}")
             return {k: v for k, (v, _) in parts.items()}, batched.pop()
         return self._leaf(observation, self.observation_space, "")
 
@@ -141,9 +157,14 @@ class Agent:
             batched = True
         else:
             raise ValueError(f"{name} has shape {array.shape}; expected {shape} or (batch, *{shape})")
+        if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+            end = space.start + (space.n if isinstance(space, gym.spaces.Discrete) else space.nvec)
+            if ((array < space.start) | (array >= end)).any():
+                raise ValueError(f"{name} is {array}; expected one of {space}")
         if array.dtype == np.float64:
             array = array.astype(np.float32)
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        # not ascontiguousarray, which gives the single integer of a Discrete space a dimension
+        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device)
         return (tensor if batched else tensor.unsqueeze(0)), batched
 
     # -- saving -------------------------------------------------------------------------------

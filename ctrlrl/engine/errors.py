@@ -46,9 +46,10 @@ class NonFiniteUpdateError(FloatingPointError):
     """
 
     def __init__(self, what: str, step: int, iteration: int, optimiser_step: int, dump: Path | None = None) -> None:
-        self.what, self.step, self.iteration, self.optimiser_step, self.dump = what, step, iteration, optimiser_step, dump
+        self.what, self.step, self.dump = what, step, dump
+        self.iteration, self.optimiser_step = iteration, optimiser_step
         seen = f" The batch is in {dump} (ctrlrl.engine.checkpoint.read)." if dump else ""
         super().__init__(
-            f"non-finite {what} at optimiser step {optimiser_step} of iteration {iteration}, {step:,} environment steps "
-            f"in; the parameters before it were kept. A lower learning rate or gradient clipping may help.{seen}"
+            f"non-finite {what} at optimiser step {optimiser_step} of iteration {iteration}, after {step:,} "
+            f"environment steps; the parameters before it were kept. A lower learning rate or gradient clipping may help.{seen}"
         )

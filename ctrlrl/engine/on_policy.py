@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from ctrlrl.core import advantage
-from ctrlrl.engine import environments, runfolder
+from ctrlrl.engine import checkpoint, environments, runfolder
 from ctrlrl.engine.agent import Agent
 from ctrlrl.engine.collector import Collector, next_values
 from ctrlrl.engine.config import build, to_dict
 from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
 from ctrlrl.engine.evaluate import Evaluation
+from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.log import Progress, RunLogger
 from ctrlrl.engine.seeding import derive, generator
-from ctrlrl.engine.update import Updater, compiler_available
+from ctrlrl.engine.update import Updater
 from ctrlrl.losses import base as losses
 from ctrlrl.nets.actor_critic import ActorCritic, encoder_path
 from ctrlrl.nets.normalizer import RewardNormalizer
@@ -38,6 +39,9 @@ logger = logging.getLogger("ctrlrl")
 
 SMALL_NETWORK = 300_000
 """Parameters below which one CPU thread is faster than several."""
+
+
+HOOKS = ("on_update", "on_evaluation", "on_checkpoint")
 
 
 class Callback(Protocol):
@@ -169,6 +173,7 @@ class OnPolicyAgent(Agent):
         """
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1")
+        before = self.run_dir
         if run_dir is not None:
             runfolder.guard_target(run_dir)
             self.run_dir = Path(run_dir)
@@ -178,6 +183,8 @@ class OnPolicyAgent(Agent):
         else:
             self.run_dir = None
         self.span = (self.steps, self.steps + steps)
+        if self.run_dir != before:
+            self.best = -math.inf  # every run has a best checkpoint of its own
         if self.run_dir is not None:
             runfolder.write_json(self.run_dir / runfolder.CONFIG, self.document())
             with environments.torch_threads(self.config.threads):
@@ -196,6 +203,7 @@ class OnPolicyAgent(Agent):
     ) -> OnPolicyAgent:
         """Continue the run in ``run_dir`` from its last checkpoint to its planned end."""
         self.run_dir = Path(run_dir)
+        checkpoint.clean_temporaries(self.run_dir / runfolder.CHECKPOINTS)
         self.load_checkpoint(self.run_dir, "last")
         if self.steps >= self.span[1]:
             return self
@@ -204,6 +212,11 @@ class OnPolicyAgent(Agent):
     def _train(
         self, callbacks: Sequence[Any], progress: bool, wandb: Mapping[str, Any] | None, tensorboard: bool, resume: bool
     ) -> OnPolicyAgent:
+        for callback in callbacks:
+            if not any(hasattr(callback, hook) for hook in HOOKS):
+                raise TypeError(f"the callback {callback!r} has none of the methods {', '.join(HOOKS)}")
+        if self.config.eval_every is not None and not self.can_evaluate:
+            logger.warning("No evaluations: these environments cannot be built again one by one (see Agent.evaluate).")
         with contextlib.ExitStack() as stack:
             stack.enter_context(environments.torch_threads(self.config.threads))
             interrupted = stack.enter_context(_interruptible())
@@ -264,12 +277,14 @@ class OnPolicyAgent(Agent):
             self._notify(callbacks, "on_update", metrics)
             if self._due(self.config.eval_every, per_iteration):
                 self._evaluate(log, bar, callbacks)
+                clock = time.perf_counter()
             finished = self.steps >= self.span[1] or self.stopped
             if self.run_dir is not None and (finished or self.iteration % border_every == 0):
                 if log is not None:
                     log.flush()
                 path = self.write_checkpoint(self.run_dir, "last")
                 self._notify(callbacks, "on_checkpoint", path)
+                clock = time.perf_counter()
             if interrupted["asked"] and not finished:
                 if self.run_dir is not None:
                     self.write_checkpoint(self.run_dir, "interrupted")
@@ -309,11 +324,15 @@ class OnPolicyAgent(Agent):
         discount_t = config.gamma * (~c.terminated_t).float()
         gain = advantage.gae(reward_t.float(), discount_t, cut_t, value, value_t, config.gae_lambda)
         out = self.policy(c.obs, c.action)
-        rollout = c.rollout(value=value, value_t=value_t, logp_old=out.logp, advantage=gain, value_target=gain + value)
-        batch = rollout.flat()
-        if "dist_old" in self.loss.needs:
-            batch = batch._replace(dist_old={k: v.flatten(0, 1).unsqueeze(1) for k, v in out.dist.params().items()})
-        return batch
+        dist_old = out.dist.params() if "dist_old" in self.loss.needs else None
+        return c.rollout(
+            value=value,
+            value_t=value_t,
+            logp_old=out.logp,
+            advantage=gain,
+            value_target=gain + value,
+            dist_old=dist_old,
+        ).flat()
 
     def _knobs(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Scalars for this iteration, as tensors for the update and as numbers for the log."""
@@ -347,12 +366,12 @@ class OnPolicyAgent(Agent):
         return metrics
 
     def _refuse(self, found: dict[str, Tensor], batch: SequenceBatch) -> None:
-        name = next(n for n in found if not found[n].isfinite().all())
-        step = int((~found[name].isfinite()).nonzero()[0])
+        first = {n: int((~v.isfinite()).nonzero()[0]) for n, v in found.items() if not v.isfinite().all()}
+        # the earliest step, not the first name: after it everything is NaN
+        name = min(first, key=lambda n: first[n])
+        step = first[name]
         dump = None
         if self.run_dir is not None:
-            from ctrlrl.engine import checkpoint
-
             dump = self.run_dir / "nan_update.safetensors"
             tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor)}
             if isinstance(batch.obs, dict):
@@ -373,9 +392,10 @@ class OnPolicyAgent(Agent):
 
     def _due(self, every: int | None, per_iteration: int) -> bool:
         """Whether a multiple of ``every`` steps was passed in this iteration, or the run ends here."""
-        if every is None or self.env_spec is None:
+        if every is None:
             return False
-        return self.steps // every > (self.steps - per_iteration) // every or self.steps >= self.span[1]
+        passed = self.steps // every > (self.steps - per_iteration) // every
+        return (passed or self.steps >= self.span[1]) and self.can_evaluate
 
     def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Sequence[Any]) -> None:
         result = self.evaluate(self.config.eval_episodes)
@@ -392,7 +412,8 @@ class OnPolicyAgent(Agent):
     def _notify(self, callbacks: Sequence[Any], hook: str, value: Any) -> None:
         for callback in callbacks:
             method = getattr(callback, hook, None)
-            if method is not None and method(self, self.steps, value) is False:
+            answer = None if method is None else method(self, self.steps, value)
+            if isinstance(answer, bool | np.bool_) and not answer:
                 self.stopped = True
 
     # -- state --------------------------------------------------------------------------------
@@ -509,7 +530,13 @@ def _device(name: str) -> torch.device:
 
 def _load(module: torch.nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint does not fit this agent's network: {error}") from error
+    found, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, module.state_dict()))
+    # checked before anything is taken over: load_state_dict would leave half of it behind
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"the checkpoint does not fit this agent's network: {prefix}{name} has shape "
+                f"{found.get(name, 'none')} in it, expected {wanted.get(name, 'none')}. Use the run's config, "
+                "and pass encoder= if it was built with one"
+            )
+    module.load_state_dict(state)

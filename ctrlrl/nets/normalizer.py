@@ -75,7 +75,8 @@ class RewardNormalizer(nn.Module):
         super().__init__()
         self.moments = RunningMoments(())
         self.gamma, self.clip, self.eps = gamma, clip, eps
-        self.register_buffer("running", torch.zeros(n_envs, dtype=torch.float64))
+        # not saved: every training begins at a border, which restarts it, and a run may be loaded with another width
+        self.register_buffer("running", torch.zeros(n_envs, dtype=torch.float64), persistent=False)
 
     def restart(self) -> None:
         """Forget the running sums (the environments were recreated); keep the moments."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -257,6 +258,9 @@ def _play(words: list[str]) -> int:
     from ctrlrl.run.play import play
 
     options = tyro.cli(Play, args=words, prog="ctrlrl play")
+    if options.video is not None and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        # MuJoCo reads this when it is imported, and its own default needs a screen
+        os.environ.setdefault("MUJOCO_GL", "egl")
     agent = api.load(options.run, options.checkpoint)
     returns = play(agent, options.episodes, options.video, deterministic=not options.stochastic, seed=options.seed)
     for k, value in enumerate(returns):

@@ -23,7 +23,7 @@ from ctrlrl.run.report_runs import Run, differences, load, version_fields
 
 def report(
     runs: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] = "report",
     references: Mapping[str, tuple[float, float]] | None = None,
     reps: int = stats.REPS,
 ) -> Path:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from losses.golden import batch_of, column, weights
 
+from ctrlrl.data.rows import rows, split
 from ctrlrl.engine.config import from_dict, to_dict
-from ctrlrl.engine.update import rows, split
 from ctrlrl.losses import base
 
 LOSSES = base.names()
@@ -172,7 +172,7 @@ def test_unknown_names_suggest_near_ones():
 
 def test_no_name_of_a_loss_is_compared_outside_the_losses():
     root = pathlib.Path(base.__file__).parents[1]
-    pattern = re.compile(r"""(==|!=|\bin\b)\s*[\(\[\{]?\s*["'](%s)["']""" % "|".join(LOSSES))
+    pattern = re.compile(r"""(==|!=|\bin\b)\s*[\(\[\{]?\s*["'](NAMES)["']""".replace("NAMES", "|".join(LOSSES)))
     for path in root.rglob("*.py"):
         assert not pattern.search(path.read_text()), path
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from ctrlrl.data.rows import shuffled
 from ctrlrl.engine.config import ConfigError, build
-from ctrlrl.engine.update import CudaGraph, Updater, compiler_available, shuffled
+from ctrlrl.engine.graphs import CudaGraph, compiler_available
+from ctrlrl.engine.update import Updater
 from ctrlrl.losses import base
 from ctrlrl.losses.ppo import PPO
 from ctrlrl.nets.actor_critic import ActorCritic
@@ -195,7 +197,7 @@ class Paired(PPO):
 def test_rows_of_a_group_stay_together():
     _, updater, batch, knobs = make(loss=Paired(), batch_size=32, epochs=2, micro_batches=2)
     run(updater, batch._replace(group=torch.arange(96) % 24), knobs)
-    with pytest.raises(ConfigError, match="would split groups"):
+    with pytest.raises(ValueError, match="would split groups"):
         shuffled(96, torch.arange(96) // 4, 30, torch.Generator())
 
 

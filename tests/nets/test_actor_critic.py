@@ -13,7 +13,7 @@ BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = {
     "bounded": gym.spaces.Box(-1, 1, (2,), np.float32),
     "unbounded": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
-    "half": gym.spaces.Box(np.array([-1, -np.inf]), np.array([np.inf, 1]), dtype=np.float32),
+    "half": gym.spaces.Box(np.float32([-1, -np.inf]), np.float32([np.inf, 1]), dtype=np.float32),
     "shaped": gym.spaces.Box(-1, 1, (2, 2), np.float32),
     "discrete": gym.spaces.Discrete(3, start=2),
     "multi": gym.spaces.MultiDiscrete([2, 3], start=[1, 0]),

@@ -145,8 +145,9 @@ def test_tanh_maps_zero_to_the_middle_and_rises_everywhere():
 
 
 def test_tanh_needs_finite_bounds_and_says_what_to_use():
+    space = gym.spaces.Box(np.array([-1.0, -np.inf]), np.array([1.0, np.inf]), dtype=np.float64)
     with pytest.raises(ValueError, match=r"finite bounds.*action_map='clip'"):
-        action_head(2, gym.spaces.Box(np.array([-1.0, -np.inf]), np.array([1.0, np.inf]), dtype=np.float64), 0.0, "tanh")
+        action_head(2, space, 0.0, "tanh")
 
 
 def test_half_bounded_boxes_are_cut_on_the_finite_side_only():

@@ -55,7 +55,8 @@ def test_observations_are_untouched_before_data_and_standard_after():
 def test_observations_are_clipped_after_scaling():
     normalizer = ObsNormalizer(1, clip=2.0)
     normalizer.update(torch.tensor([[-1.0], [1.0]]))
-    torch.testing.assert_close(normalizer(torch.tensor([[100.0], [-100.0], [1.0]])), torch.tensor([[2.0], [-2.0], [1.0]]))
+    assert normalizer(torch.tensor([[100.0], [-100.0]])).tolist() == [[2.0], [-2.0]]
+    torch.testing.assert_close(normalizer(torch.tensor([[1.0]])), torch.tensor([[1.0]]))
 
 
 def test_a_large_offset_keeps_its_digits():

@@ -1,0 +1,503 @@
+"""One suite over the method registry: what a method declares, it keeps."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from helpers.envs import env_id
+from torch import nn
+
+import ctrlrl
+from ctrlrl import api
+from ctrlrl.core import ratio
+from ctrlrl.engine import checkpoint
+from ctrlrl.engine.config import ConfigError
+from ctrlrl.engine.errors import CheckpointError
+from ctrlrl.losses import base as losses
+from ctrlrl.losses.base import PolicyLoss
+from ctrlrl.types import EnvSpec
+
+ON_POLICY = frozenset(
+    ["resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile", "cudagraphs"]
+)
+DECLARED = {
+    "bpo": ON_POLICY,
+    "bpo_mean": ON_POLICY,
+    "mdpo": ON_POLICY,
+    "ppo": ON_POLICY,
+    "spo": ON_POLICY,
+}
+"""What each method must declare. Taking something away here is a decision, not an accident."""
+
+
+def having(capability):
+    """Parametrise over the methods that the table says have it."""
+    return pytest.mark.parametrize("name", sorted(n for n, c in DECLARED.items() if capability in c))
+
+
+EVERY = pytest.mark.parametrize("name", sorted(DECLARED))
+NOISY = env_id("Noisy")
+
+
+def tiny(name, **settings):
+    """Settings that train in milliseconds; methods which take the whole rollout by default still do."""
+    small = {"n_steps": 16, "epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,), "device": "cpu", "threads": 1}
+    small |= {"image_features": 8, "eval_every": None}
+    for field in ("batch_size", "value_batch_size"):
+        if losses.get(name).loop_defaults.get(field, 16 if field == "batch_size" else None) is not None:
+            small[field] = 16
+    return small | settings
+
+
+def everything(name):
+    """Whatever has state or moves during a run, at once."""
+    return tiny(
+        name,
+        checkpoint_every=1,
+        eval_every=96,
+        eval_episodes=2,
+        learning_rate_schedule="linear",
+        target_kl=0.01,
+        normalize_obs=True,
+        normalize_reward=True,
+        entropy_coef=0.01,
+        learning_rate=1e-2,
+    )
+
+
+def lines(path):
+    """Rows of a .jsonl file without what the clock says."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("time_s", "time/fps")} for row in rows]
+
+
+def assert_same_tensors(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), f"{key} differs"
+
+
+def assert_same_run(a, b):
+    for name in ("last", "best"):
+        files = [folder / "checkpoints" / f"{name}.safetensors" for folder in (a, b)]
+        (tensors_a, state_a), (tensors_b, state_b) = (checkpoint.read(f) for f in files)
+        assert state_a == state_b
+        assert_same_tensors(tensors_a, tensors_b)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert lines(a / name) == lines(b / name), name
+    assert (a / "config.json").read_bytes() == (b / "config.json").read_bytes()
+
+
+# -- what is declared -----------------------------------------------------------------------------
+
+
+def test_every_method_declares_what_the_table_says():
+    found = {name: method.capabilities for name, method in api.methods().items()}
+    assert found == DECLARED
+
+
+@EVERY
+def test_a_method_has_one_name_everywhere(name):
+    method = api.methods()[name]
+    assert method.name == name == method.agent.method
+    assert getattr(ctrlrl, method.agent.__name__) is method.agent is api.get_method(name)
+    assert method.agent.__name__ in dir(ctrlrl) and name in ctrlrl.available("methods")
+    assert "arXiv" in method.paper and method.paper in (method.agent.__doc__ or "")
+
+
+# -- same seed, same run --------------------------------------------------------------------------
+
+
+@EVERY
+def test_the_same_seed_gives_the_same_run_bit_for_bit(name, tmp_path):
+    """Whatever other code did to the global generators before, and without touching them."""
+    for k, folder in enumerate(("a", "b")):
+        torch.manual_seed(100 + k)
+        np.random.seed(100 + k)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        agent = api.make(name, NOISY, seed=7, n_envs=2, **everything(name))
+        agent.learn(32 * 4, run_dir=tmp_path / folder, progress=False, tensorboard=False)
+        assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@EVERY
+def test_another_seed_gives_another_run(name):
+    def train(seed):
+        agent = api.make(name, NOISY, seed=seed, n_envs=2, **tiny(name))
+        start = {k: v.clone() for k, v in agent.tensors().items()}
+        return start, agent.learn(64, root=None, progress=False).tensors()
+
+    (start_a, end_a), (start_b, end_b) = train(0), train(1)
+    moved = [k for k in start_a if k.startswith("policy/actor") and k.endswith("weight")]
+    assert moved and all(not torch.equal(start_a[k], start_b[k]) and not torch.equal(end_a[k], end_b[k]) for k in moved)
+    assert all(not torch.equal(start_a[k], end_a[k]) for k in moved)
+
+
+# -- stopped and resumed --------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for the machine going away."""
+
+
+class KillAt:
+    """Dies in the middle of a run, without saving; ``hook`` says at which moment of that iteration."""
+
+    def __init__(self, iteration, hook="on_update"):
+        self.iteration = iteration
+        setattr(self, hook, self.maybe)
+
+    def maybe(self, agent, step, value):
+        if agent.iteration == self.iteration:
+            raise Killed
+
+
+def train_whole(name, folder, steps, env=NOISY, **kwargs):
+    agent = api.make(name, env, seed=3, n_envs=2, **kwargs)
+    return agent.learn(steps, run_dir=folder, progress=False, tensorboard=False)
+
+
+def train_killed(name, folder, steps, kills, env=NOISY, **kwargs):
+    agent = api.make(name, env, seed=3, n_envs=2, **kwargs)
+    for k, kill in enumerate(kills):
+        with pytest.raises(Killed):
+            if k == 0:
+                agent.learn(steps, run_dir=folder, progress=False, tensorboard=False, callbacks=[kill])
+            else:
+                agent = api.load(folder)
+                agent.resume(folder, progress=False, tensorboard=False, callbacks=[kill])
+    return api.load(folder).resume(folder, progress=False, tensorboard=False)
+
+
+@having("resume")
+def test_stopped_and_resumed_equals_never_stopped(name, tmp_path):
+    """Borders at iterations 10 and 20 of 26; death before the first one, right after it, and between two."""
+    steps, settings = 26 * 32, everything(name)
+    whole = train_whole(name, tmp_path / "whole", steps, **settings)
+    kills = [KillAt(4), KillAt(13), KillAt(18, "on_evaluation"), KillAt(20, "on_checkpoint"), KillAt(25)]
+    resumed = train_killed(name, tmp_path / "killed", steps, kills, **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_tensors(whole.tensors(), resumed.tensors())
+    assert whole.counters() == resumed.counters()
+    # the comparison is worth something only if all of it was in use
+    rows = [r for r in lines(tmp_path / "whole" / "metrics.jsonl") if "train/learning_rate" in r]
+    assert [r["step"] for r in rows] == [32 * (i + 1) for i in range(26)]
+    rates = [r["train/learning_rate"] for r in rows]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 20
+    assert len(lines(tmp_path / "whole" / "evaluations.jsonl")) == 26 // 3 + 1
+    assert whole.reward_normalizer.moments.count > 0 and whole.policy.preprocess.normalizer.moments.count > 0
+    for key, controller in whole.controllers.items():
+        assert whole.controller_states[key] != controller.initial()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        EnvSpec(NOISY, n_envs=2, backend="async"),
+        EnvSpec("CartPole-v1", n_envs=2, backend="envpool"),
+        EnvSpec(env_id("Choice"), {"length": 5}, (("helpers.envs:AddOne", {"amount": 2.0}),), 2, "sync"),
+    ],
+    ids=["async", "envpool", "wrapped"],
+)
+def test_resuming_is_exact_on_every_backend(spec, tmp_path):
+    if spec.backend == "envpool":
+        pytest.importorskip("envpool")
+    settings = everything("ppo")
+    train_whole("ppo", tmp_path / "whole", 12 * 32, spec, **settings)
+    train_killed("ppo", tmp_path / "killed", 12 * 32, [KillAt(11)], spec, **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_finished_run_is_resumed_by_doing_nothing(tmp_path):
+    train_whole("ppo", tmp_path / "run", 64, **tiny("ppo"))
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    assert api.load(tmp_path / "run").resume(tmp_path / "run", progress=False).steps == 64
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
+
+
+# -- save, load, predict --------------------------------------------------------------------------
+
+
+@EVERY
+def test_a_loaded_agent_acts_like_the_saved_one(name, tmp_path):
+    agent = api.make(name, NOISY, seed=5, n_envs=2, **tiny(name, log_std_init=-0.5))
+    agent.learn(64, root=None, progress=False)
+    assert agent.save(tmp_path / "agent") == tmp_path / "agent"
+    loaded = api.load(tmp_path / "agent")
+    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32) * 5
+    for deterministic in (True, False, False):
+        actions = [a.predict(obs, deterministic=deterministic)[0] for a in (agent, loaded)]
+        assert np.array_equal(*actions) and actions[0].dtype == np.float32
+    assert np.unique(agent.predict(obs)[0]).size > 10
+    assert (loaded.method, loaded.steps, loaded.config, loaded.loss) == (name, 64, agent.config, agent.loss)
+    assert np.array_equal(agent.evaluate(3).returns, loaded.evaluate(3).returns)
+    # what one can do with the original one can do with the copy: training on gives the same again
+    for a in (agent, loaded):
+        a.learn(64, root=None, progress=False)
+    assert_same_tensors(agent.tensors(), loaded.tensors())
+
+
+# -- spaces ---------------------------------------------------------------------------------------
+
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+OBSERVATIONS = {
+    "vector": VECTOR,
+    "dict": gym.spaces.Dict({"vector": VECTOR, "mode": gym.spaces.Discrete(4), "bits": gym.spaces.MultiBinary(2)}),
+    "image": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8),
+    "image_and_vector": gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (1, 8, 8), np.uint8), "vector": VECTOR}),
+}
+ACTIONS = {
+    "bounded": gym.spaces.Box(np.float32([-0.1, -2.0]), np.float32([0.3, 7.0])),
+    "double": gym.spaces.Box(-0.1, 0.1, (2,), np.float64),
+    "matrix": gym.spaces.Box(-1, 1, (2, 2), np.float32),
+    "unbounded": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32),
+    "discrete": gym.spaces.Discrete(3, start=5),
+    "multidiscrete": gym.spaces.MultiDiscrete([2, 3], start=[1, -4]),
+}
+
+
+class Strict(gym.Env):
+    """Random observations of a space; refuses any action that its own space does not contain."""
+
+    def __init__(self, obs="vector", action="bounded"):
+        self.observation_space, self.action_space = OBSERVATIONS[obs], ACTIONS[action]
+
+    def draw(self):
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        return self.observation_space.sample()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.draw(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} of {type(action)} is not in {self.action_space}"
+        end = self.np_random.random(2) < 0.1
+        return self.draw(), float(self.np_random.normal()), bool(end[0]), bool(end[1]), {}
+
+
+STRICT = f"{__name__}:methods/Strict-v0"
+gym.register("methods/Strict-v0", f"{__name__}:Strict")
+
+
+def train_on(name, tmp_path, obs, action, **settings):
+    agent = api.make(
+        name, STRICT, n_envs=2, env_kwargs={"obs": obs, "action": action}, **tiny(name, eval_every=32, **settings),
+        eval_episodes=1, log_std_init=1.0,
+    )  # fmt: skip
+    before = agent.tensors()["policy/head.linear.weight"].clone()
+    agent.learn(64, run_dir=tmp_path / "run", progress=False, tensorboard=False)
+    assert not torch.equal(before, agent.tensors()["policy/head.linear.weight"])
+    loaded = api.load(tmp_path / "run")
+    observation, space = agent.observation_space, agent.action_space
+    observation.seed(0)
+    for _ in range(20):
+        raw = observation.sample()
+        for deterministic in (True, False):
+            one = agent.predict(raw, deterministic=deterministic)[0]
+            assert space.contains(one), f"{one!r} is not in {space}"
+            assert np.array_equal(one, loaded.predict(raw, deterministic=deterministic)[0])
+    return agent
+
+
+@having("box")
+@pytest.mark.parametrize("action", ["bounded", "double", "matrix", "unbounded"])
+def test_trains_on_box_actions(name, action, tmp_path):
+    train_on(name, tmp_path, "vector", action)
+
+
+@having("box")
+def test_trains_on_squashed_box_actions(name, tmp_path):
+    train_on(name, tmp_path, "vector", "bounded", action_map="tanh")
+
+
+@having("discrete")
+def test_trains_on_discrete_actions_that_do_not_start_at_zero(name, tmp_path):
+    train_on(name, tmp_path, "vector", "discrete")
+
+
+@having("multidiscrete")
+def test_trains_on_multidiscrete_actions(name, tmp_path):
+    train_on(name, tmp_path, "vector", "multidiscrete")
+
+
+@having("dict_obs")
+def test_trains_on_dict_observations(name, tmp_path):
+    train_on(name, tmp_path, "dict", "discrete")
+
+
+@having("image_obs")
+@pytest.mark.parametrize("obs", ["image", "image_and_vector"])
+def test_trains_on_images(name, obs, tmp_path):
+    agent = train_on(name, tmp_path, obs, "bounded")
+    assert any("cnns" in n for n, _ in agent.policy.named_parameters())
+
+
+@having("vector")
+def test_trains_on_live_vector_environments(name):
+    env = gym.make_vec(STRICT, num_envs=3, vectorization_mode="sync")
+    agent = api.make(name, env, **tiny(name))
+    assert agent.n_envs == 3 and agent.learn(48, root=None, progress=False).steps == 48
+
+
+@having("gpu")
+def test_trains_on_the_gpu(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    agent = api.make(name, NOISY, **tiny(name, device="cuda")).learn(32, root=None, progress=False)
+    assert next(agent.policy.parameters()).is_cuda and agent.predict(np.zeros(3, np.float32))[0].shape == (1,)
+
+
+# -- the user's own parts -------------------------------------------------------------------------
+
+
+class MyEncoder(nn.Module):
+    def __init__(self, space):
+        super().__init__()
+        self.linear, self.out_features = nn.Linear(space.shape[0], 5), 5
+
+    def forward(self, x):
+        return torch.relu(self.linear(x))
+
+
+@EVERY
+def test_the_users_encoder_by_class_and_by_path_is_one_thing(name, tmp_path):
+    """By class too the run can be loaded without passing the class again: its path is recorded."""
+    path = f"{__name__}:MyEncoder"
+    agents = [api.make(name, NOISY, seed=1, encoder=e, **tiny(name)) for e in (MyEncoder, path)]
+    for k, agent in enumerate(agents):
+        agent.learn(32, run_dir=tmp_path / str(k), progress=False, tensorboard=False)
+        assert agent.config.network.encoder == path
+        assert_same_tensors(api.load(tmp_path / str(k)).tensors(), agent.tensors())
+    assert_same_tensors(agents[0].tensors(), agents[1].tensors())
+    assert_same_tensors(api.load(tmp_path / "0", encoder=MyEncoder).tensors(), agents[0].tensors())
+
+
+def test_an_encoder_without_an_importable_name_has_to_be_passed_again(tmp_path):
+    class Local(MyEncoder):
+        pass
+
+    agent = api.make("ppo", NOISY, encoder=Local, **tiny("ppo"))
+    agent.save(tmp_path / "agent")
+    with pytest.raises(CheckpointError, match="does not fit this agent's network"):
+        api.load(tmp_path / "agent")
+    assert_same_tensors(api.load(tmp_path / "agent", encoder=Local).tensors(), agent.tensors())
+
+
+@dataclass(frozen=True)
+class Mine(PolicyLoss):
+    """-pull r A, and a penalty on leaving the old policy."""
+
+    needs: ClassVar = frozenset({"values"})
+    loop_defaults: ClassVar = {"epochs": 3}
+
+    pull: float = 1.0
+    """Weight of the gain."""
+
+    def per_token(self, batch, out, knobs):
+        r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
+        return (r - 1.0) ** 2 - self.pull * r * batch.coef["advantage"]
+
+
+@dataclass(frozen=True)
+class NeedsGroups(Mine):
+    needs: ClassVar = frozenset({"groups"})
+
+
+def test_the_users_own_loss_by_path(tmp_path):
+    path = f"{__name__}:Mine"
+    settings = {k: v for k, v in tiny("ppo").items() if k != "epochs"}
+    agent = api.make(path, NOISY, pull=0.3, **settings)
+    assert (agent.loss, agent.config.epochs, agent.method) == (Mine(0.3), 3, path)
+    agent.learn(64, root=tmp_path, progress=False)
+    loaded = api.load(agent.run_dir)
+    assert loaded.loss == Mine(0.3)
+    assert_same_tensors(agent.tensors(), loaded.tensors())
+    other = api.make(path, NOISY, pull=0.6, **settings).learn(64, root=None, progress=False)
+    assert not torch.equal(other.tensors()["optimizer/m"], agent.tensors()["optimizer/m"])
+    with pytest.raises(ConfigError, match=r"no setting 'pul'.*Did you mean pull"):
+        api.make(path, NOISY, pul=0.3)
+    assert path not in api.available() and "mine" not in api.available("losses")
+
+
+def test_a_loss_that_needs_what_the_loop_has_not_is_refused():
+    with pytest.raises(KeyError, match=r"NeedsGroups needs groups"):
+        api.make(f"{__name__}:NeedsGroups", NOISY)
+    for path in ("no.such:Loss", f"{__name__}:Missing", f"{__name__}:MyEncoder"):
+        with pytest.raises(KeyError):
+            api.make(path, NOISY)
+
+
+# -- wrong settings -------------------------------------------------------------------------------
+
+
+@EVERY
+def test_unknown_settings_name_the_nearest_one(name):
+    fields = dataclasses.fields(losses.get(name))
+    for wrong, near in {"n_step": "n_steps", "learning_rte": "learning_rate", "actor_hiden": "actor_hidden"}.items():
+        with pytest.raises(ConfigError, match=rf"{name} has no setting '{wrong}'.*Did you mean .*\b{near}\b"):
+            api.make(name, NOISY, **{wrong: 1})
+    for field in fields:
+        with pytest.raises(ConfigError, match=rf"'{field.name}x'.*Did you mean .*\b{field.name}\b"):
+            api.make(name, NOISY, **{f"{field.name}x": 1})
+    with pytest.raises(ConfigError, match="no preset 'nonsense'"):
+        api.make(name, NOISY, preset="nonsense")
+
+
+def test_unknown_methods_name_the_nearest_one():
+    with pytest.raises(KeyError, match=r"no method named 'ppoo'.*Did you mean ppo"):
+        api.make("ppoo", NOISY)
+    with pytest.raises(AttributeError, match="no attribute 'PPOO'"):
+        ctrlrl.PPOO  # noqa: B018
+
+
+CONTRADICTIONS = {
+    "value batch without value epochs": ({"value_batch_size": 8}, "value_epochs is not"),
+    "graphs without a gpu": ({"cudagraphs": True, "device": "cpu"}, "needs a CUDA device"),
+    "gamma above one": ({"gamma": 1.01}, r"gamma=1\.01 must lie in \[0, 1\]"),
+    "nan": ({"learning_rate": float("nan")}, "must not be negative"),
+    "no epochs": ({"epochs": 0}, "epochs=0 must be positive"),
+    "no steps": ({"n_steps": 0}, "n_steps=0 must be positive"),
+    "word for a number": ({"n_steps": "many"}, "not supported between"),
+    "unknown schedule": ({"learning_rate_schedule": "cosine"}, "expected constant or linear"),
+    "unknown activation": ({"activation": "swish"}, "activation='swish' is unknown"),
+    "unknown action map": ({"action_map": "sigmoid"}, "action_map='sigmoid' is unknown"),
+    "squashing onto no bounds": ({"action_map": "tanh", "env_kwargs": {"action": "unbounded"}}, "needs finite bounds"),
+    "negative clip": ({"eps": -0.2}, "eps=-0.2 must be positive"),
+    "no environments": ({"n_envs": 0}, "n_envs=0"),
+    "kwargs that no JSON holds": ({"env_kwargs": {"obs": object()}}, "JSON values"),
+    "unknown backend": ({"backend": "gpu"}, "backend='gpu' is unknown"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictory_settings_are_refused(case):
+    settings, message = CONTRADICTIONS[case]
+    with pytest.raises(ValueError, match=message):
+        api.make("ppo", STRICT, **settings)
+
+
+def test_a_live_environment_brings_its_own_width_and_arguments():
+    env = Strict()
+    for settings in ({"n_envs": 2}, {"backend": "async"}, {"env_kwargs": {"obs": "dict"}}):
+        with pytest.raises(ValueError, match="cannot be set for a live environment"):
+            api.make("ppo", env, **settings)
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=r"device='cuda'.*finds no CUDA device"):
+        api.make("ppo", NOISY, device="cuda")
+
+
+def test_presets_are_under_the_users_settings():
+    agent = api.make("bpo", NOISY, preset="released", actor_hidden=(8,), device="cpu")
+    assert agent.config.network.actor_hidden == (8,) and agent.config.network.critic_hidden == (256, 256)
+    assert agent.config.normalize_obs is False and agent.loss.median_temp == 1.0
