@@ -101,12 +101,16 @@ def table(args: argparse.Namespace) -> dict:
         found[env] = {
             m: {
                 "seeds": len(scores[m]), "iqm": round(estimates[m].value, 1),
-                "low": round(estimates[m].low or estimates[m].value, 1), "high": round(estimates[m].high or estimates[m].value, 1),
+                "low": bound(estimates[m].low), "high": bound(estimates[m].high),
                 "runs": [round(s, 1) for s in scores[m]],
             }
             for m in order
         }  # fmt: skip
     return found
+
+
+def bound(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
 
 
 def main() -> None:
@@ -145,7 +149,7 @@ def main() -> None:
     for env, rows in merged.items():
         print(env)
         for method, row in rows.items():
-            print(f"  {method:14} {row['iqm']:8.1f}  [{row['low']:.1f}, {row['high']:.1f}]  {row['seeds']} seeds")
+            print(f"  {method:14} {row['iqm']:8.1f}  [{row['low']}, {row['high']}]  {row['seeds']} seeds")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctrlrl.engine import checkpoint, environments, runfolder
 from ctrlrl.engine.evaluate import Evaluation, evaluate
@@ -36,7 +36,7 @@ class Agent:
     env_spec: EnvSpec | None
     observation_space: gym.Space
     action_space: gym.Space
-    policy: nn.Module
+    policy: Any
     device: torch.device
     seed: int
     steps: int = 0
@@ -65,11 +65,11 @@ class Agent:
         count = (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
         with torch.inference_mode():
             if deterministic:
-                action = self.policy.deterministic(obs)  # type: ignore[operator]
+                action = self.policy.deterministic(obs)
             else:
-                noise = self.policy.noise(1, count, self._predict_generator())[0]  # type: ignore[operator]
-                drawn = self.policy.act(obs, noise.to(self.device))  # type: ignore[operator]
-                action = self.policy.to_env(obs, drawn)  # type: ignore[operator]
+                noise = self.policy.noise(1, count, self._predict_generator())[0]
+                drawn = self.policy.act(obs, noise.to(self.device))
+                action = self.policy.to_env(obs, drawn)
         result = action.cpu().numpy().astype(self.action_space.dtype, copy=False)
         return (result if batched else result[0]), state
 

@@ -51,5 +51,6 @@ class NonFiniteUpdateError(FloatingPointError):
         seen = f" The batch is in {dump} (ctrlrl.engine.checkpoint.read)." if dump else ""
         super().__init__(
             f"non-finite {what} at optimiser step {optimiser_step} of iteration {iteration}, after {step:,} "
-            f"environment steps; the parameters before it were kept. A lower learning rate or gradient clipping may help.{seen}"
+            "environment steps; the parameters before it were kept. A lower learning rate or gradient clipping may "
+            f"help.{seen}"
         )

@@ -50,7 +50,8 @@ def evaluate(
     index = np.minimum(np.arange(env.num_envs), episodes - 1)
     active = np.arange(env.num_envs) < n
     waiting = n
-    obs, _ = env.reset(seed=[int(seeds[k]) for k in index])
+    reset: Any = env.reset  # gymnasium annotates one seed, its vector environments take a list
+    obs, _ = reset(seed=[int(seeds[k]) for k in index])
     while active.any():
         obs, reward, terminated, truncated, _ = env.step(act(obs, index))
         returns[index[active]] += np.asarray(reward)[active]
@@ -66,5 +67,5 @@ def evaluate(
                 # a finished place idles on a reset episode that is not counted
                 active[i] = False
         if active.any():
-            obs, _ = env.reset(seed=[int(seeds[k]) for k in index], options={"reset_mask": ended})
+            obs, _ = reset(seed=[int(seeds[k]) for k in index], options={"reset_mask": ended})
     return Evaluation(returns, lengths, seeds)

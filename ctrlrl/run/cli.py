@@ -126,8 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         return _fail(f"no verb {verb!r}.{_near(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
+    import gymnasium as gym
+
     from ctrlrl.engine.on_policy import Interrupted
 
+    # TypeError: an environment that does not know an argument; FloatingPointError: what became NaN and where
+    expected = (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError, FloatingPointError, gym.error.Error)
     try:
         return {"train": _train, "eval": _eval, "play": _play, "report": _report, "list": _list}[verb](rest)
     except Interrupted as stop:
@@ -138,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except KeyboardInterrupt:
         return _fail("stopped at once; ctrlrl train --resume RUN continues from the last checkpoint", 130)
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+    except expected as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         notes = " ".join(getattr(error, "__notes__", []))
         return _fail(f"{text} {notes}".strip(), 1)
@@ -162,6 +166,8 @@ def _train(words: list[str]) -> int:
         env_kwargs = json.loads(run.env_kwargs)
     except ValueError as error:
         return _fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"ctrl_cost_weight\": 0.1}}'", 2)
+    if not isinstance(env_kwargs, dict):
+        return _fail(f"--env-kwargs is {run.env_kwargs}, expected names and values: --env-kwargs '{{\"name\": 1}}'", 2)
     agent = cls(run.env, seed=run.seed, n_envs=run.n_envs, backend=run.backend, env_kwargs=env_kwargs, **settings)
     wandb = None if run.wandb is None else {"project": run.wandb}
     agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb)
@@ -190,7 +196,7 @@ def _parse_training(method: str, words: list[str]) -> tuple[Train, dict[str, Any
         ],
         frozen=True,
     )
-    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=loss.paper)
+    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=getattr(loss, "paper", loss.__doc__))
     loop = {f.name: getattr(parsed.loop, f.name) for f in dataclasses.fields(parsed.loop)}
     network = loop.pop("network")
     settings = loop | {f.name: getattr(network, f.name) for f in dataclasses.fields(network)}
