@@ -7,25 +7,23 @@ import dataclasses
 import logging
 import math
 import os
-import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.core import advantage
-from ctrlrl.engine import checkpoint, environments, runfolder
+from ctrlrl.engine import checkpoint, devices, environments, hooks, runfolder
 from ctrlrl.engine.agent import Agent
-from ctrlrl.engine.collector import Collector, next_values
+from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import build, to_dict
 from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
-from ctrlrl.engine.evaluate import Evaluation
+from ctrlrl.engine.estimate import estimate
 from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.log import Progress, RunLogger
 from ctrlrl.engine.seeding import derive, generator
@@ -36,26 +34,6 @@ from ctrlrl.nets.normalizer import RewardNormalizer
 from ctrlrl.types import Backend, EnvSpec, SequenceBatch
 
 logger = logging.getLogger("ctrlrl")
-
-SMALL_NETWORK = 300_000
-"""Parameters below which one CPU thread is faster than several."""
-
-
-HOOKS = ("on_update", "on_evaluation", "on_checkpoint")
-
-
-class Callback(Protocol):
-    """Hooks into training; each may return False to stop after the current iteration. All are optional."""
-
-    def on_update(self, agent: OnPolicyAgent, step: int, metrics: Mapping[str, float]) -> bool | None:
-        """After every iteration, with everything that was logged."""
-
-    def on_evaluation(self, agent: OnPolicyAgent, step: int, evaluation: Evaluation) -> bool | None:
-        """After every periodic evaluation."""
-
-    def on_checkpoint(self, agent: OnPolicyAgent, step: int, path: Path) -> bool | None:
-        """After every checkpoint."""
-
 
 class OnPolicyAgent(Agent):
     """An agent trained by the on-policy loop with one policy loss.
@@ -114,7 +92,7 @@ class OnPolicyAgent(Agent):
         self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
         self.observation_space, self.action_space = environments.spaces(resolved)
         self.n_envs = self.env_spec.n_envs if self._live is None and self.env_spec else environments.width(resolved)
-        self.device = _device(config.device)
+        self.device = devices.resolve(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "network"))
             self.policy = ActorCritic(
@@ -126,7 +104,7 @@ class OnPolicyAgent(Agent):
                 config.clip_obs,
                 encoder,
             ).to(self.device)
-        threads = config.threads or self._threads()
+        threads = config.threads or devices.threads(self.policy)
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         self.reward_normalizer = RewardNormalizer(self.n_envs, config.gamma, config.clip_reward).to(self.device)
         compile = self.config.compile
@@ -164,7 +142,7 @@ class OnPolicyAgent(Agent):
             steps: Environment steps, counted over all environments.
             run_dir: Folder of the run; None makes one below ``root``.
             root: Where run folders are made; None (with no ``run_dir``) writes no files at all.
-            callbacks: Objects with any of the methods of :class:`Callback`.
+            callbacks: Objects with any of the methods of :class:`ctrlrl.engine.hooks.Callback`.
             progress: Show a live display.
             wandb: Arguments of wandb.init to also log there.
             tensorboard: Also write TensorBoard files.
@@ -212,14 +190,12 @@ class OnPolicyAgent(Agent):
     def _train(
         self, callbacks: Sequence[Any], progress: bool, wandb: Mapping[str, Any] | None, tensorboard: bool, resume: bool
     ) -> OnPolicyAgent:
-        for callback in callbacks:
-            if not any(hasattr(callback, hook) for hook in HOOKS):
-                raise TypeError(f"the callback {callback!r} has none of the methods {', '.join(HOOKS)}")
+        hooks.check(callbacks)
         if self.config.eval_every is not None and not self.can_evaluate:
             logger.warning("No evaluations: these environments cannot be built again one by one (see Agent.evaluate).")
         with contextlib.ExitStack() as stack:
             stack.enter_context(environments.torch_threads(self.config.threads))
-            interrupted = stack.enter_context(_interruptible())
+            interrupted = stack.enter_context(hooks.interruptible())
             log = None
             if self.run_dir is not None:
                 log = RunLogger(
@@ -288,14 +264,14 @@ class OnPolicyAgent(Agent):
             if interrupted["asked"] and not finished:
                 if self.run_dir is not None:
                     self.write_checkpoint(self.run_dir, "interrupted")
-                raise Interrupted(self.run_dir, self.steps)
+                raise hooks.Interrupted(self.run_dir, self.steps)
 
     def _iterate(self, collector: Collector) -> dict[str, float]:
         """One iteration: collect, estimate, update. Returns what to log."""
         began = time.perf_counter()
         collected = collector.collect(generator(self.seed, "actions", self.iteration))
         collecting = time.perf_counter() - began
-        batch = self._estimate(collected)
+        batch = estimate(self.policy, self.loss, self.config, self.reward_normalizer, collected)
         knobs, rates = self._knobs()
         updating = time.perf_counter()
         found = self.updater.run(batch, knobs, generator(self.seed, "shuffle", self.iteration))
@@ -313,26 +289,6 @@ class OnPolicyAgent(Agent):
         self.timings["update_s"] += updated - updating
         self.timings["rest_s"] += (updating - began - collecting) + (time.perf_counter() - updated)
         return {f"train/{k}": v for k, v in (metrics | rates).items()}
-
-    @torch.no_grad()
-    def _estimate(self, collected: Any) -> SequenceBatch:
-        """Values, log-probabilities, scaled rewards and advantages of a rollout, as the batch the losses see."""
-        c, config = collected, self.config
-        value, value_t = next_values(lambda o: self.policy.values(o)["value"], c)
-        cut_t = c.terminated_t | c.truncated_t | ~c.valid_t
-        reward_t = self.reward_normalizer(c.reward_t, cut_t, c.valid_t) if config.normalize_reward else c.reward_t
-        discount_t = config.gamma * (~c.terminated_t).float()
-        gain = advantage.gae(reward_t.float(), discount_t, cut_t, value, value_t, config.gae_lambda)
-        out = self.policy(c.obs, c.action)
-        dist_old = out.dist.params() if "dist_old" in self.loss.needs else None
-        return c.rollout(
-            value=value,
-            value_t=value_t,
-            logp_old=out.logp,
-            advantage=gain,
-            value_target=gain + value,
-            dist_old=dist_old,
-        ).flat()
 
     def _knobs(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Scalars for this iteration, as tensors for the update and as numbers for the log."""
@@ -410,11 +366,8 @@ class OnPolicyAgent(Agent):
         self._notify(callbacks, "on_evaluation", result)
 
     def _notify(self, callbacks: Sequence[Any], hook: str, value: Any) -> None:
-        for callback in callbacks:
-            method = getattr(callback, hook, None)
-            answer = None if method is None else method(self, self.steps, value)
-            if isinstance(answer, bool | np.bool_) and not answer:
-                self.stopped = True
+        if not hooks.notify(callbacks, hook, self, value):
+            self.stopped = True
 
     # -- state --------------------------------------------------------------------------------
 
@@ -480,52 +433,6 @@ class OnPolicyAgent(Agent):
 
     def _env_name(self) -> str:
         return self.env_spec.id if self.env_spec is not None else "live"
-
-    def _threads(self) -> int:
-        size = sum(p.numel() for p in self.policy.parameters())
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        images = bool(self.policy.preprocess.images)
-        return 1 if size < SMALL_NETWORK and not images else cores
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C after saving."""
-
-    def __init__(self, run_dir: Path | None, steps: int) -> None:
-        super().__init__(f"stopped at step {steps}")
-        self.run_dir, self.steps = run_dir, steps
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[dict[str, bool]]:
-    """Turn the first Ctrl-C into a request; the second one raises KeyboardInterrupt. Main thread only."""
-    asked = {"asked": False}
-
-    def handle(number: int, frame: Any) -> None:
-        if asked["asked"]:
-            raise KeyboardInterrupt
-        asked["asked"] = True
-
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use 'cpu'"
-        )
-    return device
 
 
 def _load(module: torch.nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:

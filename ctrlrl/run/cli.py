@@ -128,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"no verb {verb!r}.{_near(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
     import gymnasium as gym
 
-    from ctrlrl.engine.on_policy import Interrupted
+    from ctrlrl.engine.hooks import Interrupted
 
-    # TypeError: an environment that does not know an argument; FloatingPointError: what became NaN and where
-    expected = (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError, FloatingPointError, gym.error.Error)
+    # ArithmeticError: what became NaN, and where; TypeError: an environment that does not know an argument
+    expected = (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError, ArithmeticError, gym.error.Error)
     try:
         return {"train": _train, "eval": _eval, "play": _play, "report": _report, "list": _list}[verb](rest)
     except Interrupted as stop:
@@ -196,7 +196,8 @@ def _parse_training(method: str, words: list[str]) -> tuple[Train, dict[str, Any
         ],
         frozen=True,
     )
-    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=getattr(loss, "paper", loss.__doc__))
+    about = getattr(loss, "paper", loss.__doc__)
+    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=about)
     loop = {f.name: getattr(parsed.loop, f.name) for f in dataclasses.fields(parsed.loop)}
     network = loop.pop("network")
     settings = loop | {f.name: getattr(network, f.name) for f in dataclasses.fields(network)}

@@ -1,25 +1,17 @@
 """One suite over the method registry: what a method declares, it keeps."""
 
-import dataclasses
 import json
-from dataclasses import dataclass
-from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from helpers.agents import NOISY, assert_same_tensors, tiny
 from helpers.envs import env_id
-from torch import nn
 
 import ctrlrl
 from ctrlrl import api
-from ctrlrl.core import ratio
 from ctrlrl.engine import checkpoint
-from ctrlrl.engine.config import ConfigError
-from ctrlrl.engine.errors import CheckpointError
-from ctrlrl.losses import base as losses
-from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.types import EnvSpec
 
 ON_POLICY = frozenset(
@@ -41,17 +33,6 @@ def having(capability):
 
 
 EVERY = pytest.mark.parametrize("name", sorted(DECLARED))
-NOISY = env_id("Noisy")
-
-
-def tiny(name, **settings):
-    """Settings that train in milliseconds; methods which take the whole rollout by default still do."""
-    small = {"n_steps": 16, "epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,), "device": "cpu", "threads": 1}
-    small |= {"image_features": 8, "eval_every": None}
-    for field in ("batch_size", "value_batch_size"):
-        if losses.get(name).loop_defaults.get(field, 16 if field == "batch_size" else None) is not None:
-            small[field] = 16
-    return small | settings
 
 
 def everything(name):
@@ -74,12 +55,6 @@ def lines(path):
     """Rows of a .jsonl file without what the clock says."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("time_s", "time/fps")} for row in rows]
-
-
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), f"{key} differs"
 
 
 def assert_same_run(a, b):
@@ -297,7 +272,7 @@ def train_on(name, tmp_path, obs, action, **settings):
     loaded = api.load(tmp_path / "run")
     observation, space = agent.observation_space, agent.action_space
     observation.seed(0)
-    for _ in range(20):
+    for _ in range(8):
         raw = observation.sample()
         for deterministic in (True, False):
             one = agent.predict(raw, deterministic=deterministic)[0]
@@ -333,9 +308,8 @@ def test_trains_on_dict_observations(name, tmp_path):
 
 
 @having("image_obs")
-@pytest.mark.parametrize("obs", ["image", "image_and_vector"])
-def test_trains_on_images(name, obs, tmp_path):
-    agent = train_on(name, tmp_path, obs, "bounded")
+def test_trains_on_images(name, tmp_path):
+    agent = train_on(name, tmp_path, "image_and_vector", "bounded")
     assert any("cnns" in n for n, _ in agent.policy.named_parameters())
 
 
@@ -352,152 +326,3 @@ def test_trains_on_the_gpu(name):
         pytest.skip("no GPU here")
     agent = api.make(name, NOISY, **tiny(name, device="cuda")).learn(32, root=None, progress=False)
     assert next(agent.policy.parameters()).is_cuda and agent.predict(np.zeros(3, np.float32))[0].shape == (1,)
-
-
-# -- the user's own parts -------------------------------------------------------------------------
-
-
-class MyEncoder(nn.Module):
-    def __init__(self, space):
-        super().__init__()
-        self.linear, self.out_features = nn.Linear(space.shape[0], 5), 5
-
-    def forward(self, x):
-        return torch.relu(self.linear(x))
-
-
-@EVERY
-def test_the_users_encoder_by_class_and_by_path_is_one_thing(name, tmp_path):
-    """By class too the run can be loaded without passing the class again: its path is recorded."""
-    path = f"{__name__}:MyEncoder"
-    agents = [api.make(name, NOISY, seed=1, encoder=e, **tiny(name)) for e in (MyEncoder, path)]
-    for k, agent in enumerate(agents):
-        agent.learn(32, run_dir=tmp_path / str(k), progress=False, tensorboard=False)
-        assert agent.config.network.encoder == path
-        assert_same_tensors(api.load(tmp_path / str(k)).tensors(), agent.tensors())
-    assert_same_tensors(agents[0].tensors(), agents[1].tensors())
-    assert_same_tensors(api.load(tmp_path / "0", encoder=MyEncoder).tensors(), agents[0].tensors())
-
-
-def test_an_encoder_without_an_importable_name_has_to_be_passed_again(tmp_path):
-    class Local(MyEncoder):
-        pass
-
-    agent = api.make("ppo", NOISY, encoder=Local, **tiny("ppo"))
-    agent.save(tmp_path / "agent")
-    with pytest.raises(CheckpointError, match="does not fit this agent's network"):
-        api.load(tmp_path / "agent")
-    assert_same_tensors(api.load(tmp_path / "agent", encoder=Local).tensors(), agent.tensors())
-
-
-@dataclass(frozen=True)
-class Mine(PolicyLoss):
-    """-pull r A, and a penalty on leaving the old policy."""
-
-    needs: ClassVar = frozenset({"values"})
-    loop_defaults: ClassVar = {"epochs": 3}
-
-    pull: float = 1.0
-    """Weight of the gain."""
-
-    def per_token(self, batch, out, knobs):
-        r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
-        return (r - 1.0) ** 2 - self.pull * r * batch.coef["advantage"]
-
-
-@dataclass(frozen=True)
-class NeedsGroups(Mine):
-    needs: ClassVar = frozenset({"groups"})
-
-
-def test_the_users_own_loss_by_path(tmp_path):
-    path = f"{__name__}:Mine"
-    settings = {k: v for k, v in tiny("ppo").items() if k != "epochs"}
-    agent = api.make(path, NOISY, pull=0.3, **settings)
-    assert (agent.loss, agent.config.epochs, agent.method) == (Mine(0.3), 3, path)
-    agent.learn(64, root=tmp_path, progress=False)
-    loaded = api.load(agent.run_dir)
-    assert loaded.loss == Mine(0.3)
-    assert_same_tensors(agent.tensors(), loaded.tensors())
-    other = api.make(path, NOISY, pull=0.6, **settings).learn(64, root=None, progress=False)
-    assert not torch.equal(other.tensors()["optimizer/m"], agent.tensors()["optimizer/m"])
-    with pytest.raises(ConfigError, match=r"no setting 'pul'.*Did you mean pull"):
-        api.make(path, NOISY, pul=0.3)
-    assert path not in api.available() and "mine" not in api.available("losses")
-
-
-def test_a_loss_that_needs_what_the_loop_has_not_is_refused():
-    with pytest.raises(KeyError, match=r"NeedsGroups needs groups"):
-        api.make(f"{__name__}:NeedsGroups", NOISY)
-    for path in ("no.such:Loss", f"{__name__}:Missing", f"{__name__}:MyEncoder"):
-        with pytest.raises(KeyError):
-            api.make(path, NOISY)
-
-
-# -- wrong settings -------------------------------------------------------------------------------
-
-
-@EVERY
-def test_unknown_settings_name_the_nearest_one(name):
-    fields = dataclasses.fields(losses.get(name))
-    for wrong, near in {"n_step": "n_steps", "learning_rte": "learning_rate", "actor_hiden": "actor_hidden"}.items():
-        with pytest.raises(ConfigError, match=rf"{name} has no setting '{wrong}'.*Did you mean .*\b{near}\b"):
-            api.make(name, NOISY, **{wrong: 1})
-    for field in fields:
-        with pytest.raises(ConfigError, match=rf"'{field.name}x'.*Did you mean .*\b{field.name}\b"):
-            api.make(name, NOISY, **{f"{field.name}x": 1})
-    with pytest.raises(ConfigError, match="no preset 'nonsense'"):
-        api.make(name, NOISY, preset="nonsense")
-
-
-def test_unknown_methods_name_the_nearest_one():
-    with pytest.raises(KeyError, match=r"no method named 'ppoo'.*Did you mean ppo"):
-        api.make("ppoo", NOISY)
-    with pytest.raises(AttributeError, match="no attribute 'PPOO'"):
-        ctrlrl.PPOO  # noqa: B018
-
-
-CONTRADICTIONS = {
-    "value batch without value epochs": ({"value_batch_size": 8}, "value_epochs is not"),
-    "graphs without a gpu": ({"cudagraphs": True, "device": "cpu"}, "needs a CUDA device"),
-    "gamma above one": ({"gamma": 1.01}, r"gamma=1\.01 must lie in \[0, 1\]"),
-    "nan": ({"learning_rate": float("nan")}, "must not be negative"),
-    "no epochs": ({"epochs": 0}, "epochs=0 must be positive"),
-    "no steps": ({"n_steps": 0}, "n_steps=0 must be positive"),
-    "word for a number": ({"n_steps": "many"}, "not supported between"),
-    "unknown schedule": ({"learning_rate_schedule": "cosine"}, "expected constant or linear"),
-    "unknown activation": ({"activation": "swish"}, "activation='swish' is unknown"),
-    "unknown action map": ({"action_map": "sigmoid"}, "action_map='sigmoid' is unknown"),
-    "squashing onto no bounds": ({"action_map": "tanh", "env_kwargs": {"action": "unbounded"}}, "needs finite bounds"),
-    "negative clip": ({"eps": -0.2}, "eps=-0.2 must be positive"),
-    "no environments": ({"n_envs": 0}, "n_envs=0"),
-    "kwargs that no JSON holds": ({"env_kwargs": {"obs": object()}}, "JSON values"),
-    "unknown backend": ({"backend": "gpu"}, "backend='gpu' is unknown"),
-}
-
-
-@pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_contradictory_settings_are_refused(case):
-    settings, message = CONTRADICTIONS[case]
-    with pytest.raises(ValueError, match=message):
-        api.make("ppo", STRICT, **settings)
-
-
-def test_a_live_environment_brings_its_own_width_and_arguments():
-    env = Strict()
-    for settings in ({"n_envs": 2}, {"backend": "async"}, {"env_kwargs": {"obs": "dict"}}):
-        with pytest.raises(ValueError, match="cannot be set for a live environment"):
-            api.make("ppo", env, **settings)
-
-
-def test_a_gpu_that_is_not_there_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(ValueError, match=r"device='cuda'.*finds no CUDA device"):
-        api.make("ppo", NOISY, device="cuda")
-
-
-def test_presets_are_under_the_users_settings():
-    agent = api.make("bpo", NOISY, preset="released", actor_hidden=(8,), device="cpu")
-    assert agent.config.network.actor_hidden == (8,) and agent.config.network.critic_hidden == (256, 256)
-    assert agent.config.normalize_obs is False and agent.loss.median_temp == 1.0

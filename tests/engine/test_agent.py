@@ -111,7 +111,7 @@ def test_sampled_actions_differ_and_repeat_with_the_seed():
 
 
 WRONG = {
-    "one number too many": ("vector", np.zeros(4, np.float32), r"has shape \(4,\); expected \(3,\) or \(batch, \*\(3,\)\)"),
+    "one number too many": ("vector", np.zeros(4, np.float32), r"shape \(4,\); expected \(3,\) or \(batch, \*\(3,\)\)"),
     "two batch dimensions": ("vector", np.zeros((2, 2, 3), np.float32), r"has shape \(2, 2, 3\); expected \(3,\)"),
     "a number": ("vector", 1.0, r"has shape \(\); expected \(3,\)"),
     "words": ("vector", np.array(["a", "b", "c"]), r"has dtype <U1; expected numbers of float32"),
@@ -119,12 +119,12 @@ WRONG = {
     "a dict for an array": ("vector", {"vector": np.zeros(3)}, "has dtype object"),
     "floats for an image": ("image", np.zeros((4, 4, 3), np.float32), "has dtype float32; expected uint8"),
     "channels first for last": ("image", np.zeros((3, 4, 4), np.uint8), r"has shape \(3, 4, 4\); expected \(4, 4, 3\)"),
-    "an array for a dict": ("dict", np.zeros(2), r"expected a dict observation with keys \['mode', 'vector'\], found ndarray"),
+    "an array for a dict": ("dict", np.zeros(2), r"a dict observation with keys \['mode', 'vector'\], found ndarray"),
     "a key missing": ("dict", {"vector": np.zeros(2)}, r"keys \['mode', 'vector'\], found \['vector'\]"),
     "a key too many": ("dict", {"vector": np.zeros(2), "mode": 0, "x": 1}, r"found \['mode', 'vector', 'x'\]"),
-    "a wrong part": ("dict", {"vector": np.zeros(3), "mode": 0}, r"observation 'vector' has shape \(3,\); expected \(2,\)"),
+    "a wrong part": ("dict", {"vector": np.zeros(3), "mode": 0}, r"'vector' has shape \(3,\); expected \(2,\)"),
     "half a batch": ("dict", {"vector": np.zeros((5, 2)), "mode": 0}, "have a batch dimension and some have not"),
-    "batches of two sizes": ("dict", {"vector": np.zeros((5, 2)), "mode": np.zeros(4, int)}, r"different sizes: .*'vector': 5.*'mode': 4|different sizes: .*'mode': 4.*'vector': 5"),
+    "batches of two sizes": ("dict", {"vector": np.zeros((5, 2)), "mode": np.zeros(4, int)}, "of different sizes"),
     "a choice that does not exist": ("choice", 1, r"observation is 1; expected one of Discrete\(4, start=2\)"),
 }  # fmt: skip
 

@@ -17,10 +17,10 @@ from ctrlrl.nets.actor_critic import NetworkConfig
 from ctrlrl.run import cli
 
 ENV = env_id("OnlyTruncates")
-SMALL = (
-    "--n-envs 2 --n-steps 16 --batch-size 16 --epochs 1 --actor-hidden 8 --critic-hidden 8 --device cpu --threads 1 "
-    "--eval-every 32 --eval-episodes 2 --quiet"
-).split()
+SMALL = [
+    *("--n-envs", "2", "--n-steps", "16", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--threads", "1"),
+    *("--actor-hidden", "8", "--critic-hidden", "8", "--eval-every", "32", "--eval-episodes", "2", "--quiet"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,9 @@ def trained(tmp_path_factory):
 
     printed, root = io.StringIO(), tmp_path_factory.mktemp("runs")
     with contextlib.redirect_stdout(printed):
-        assert cli.main(["train", "ppo", "--env", ENV, "--steps", "96", "--root", str(root), "--seed", "3", *SMALL]) == 0
+        assert (
+            cli.main(["train", "ppo", "--env", ENV, "--steps", "96", "--root", str(root), "--seed", "3", *SMALL]) == 0
+        )
     (folder,) = root.glob("*/*/*")
     return folder, printed.getvalue()
 
@@ -203,7 +205,18 @@ def test_an_action_space_without_a_density_is_one_line(run, tmp_path):
 
 
 def test_a_nan_is_one_message_that_names_the_dump_and_the_last_state(run, tmp_path):
-    words = ["train", "ppo", "--env", env_id("NaNAt"), "--env-kwargs", '{"step": 20}', "--steps", "96", "--root", tmp_path]
+    words = [
+        "train",
+        "ppo",
+        "--env",
+        env_id("NaNAt"),
+        "--env-kwargs",
+        '{"step": 20}',
+        "--steps",
+        "96",
+        "--root",
+        tmp_path,
+    ]
     status, _, err = run(*words, *SMALL, "--eval-every", "None")
     assert status == 1
     assert re.search(r"non-finite reward in environment 0, step 20 .*nonfinite-20-0\.npz.*last\.safetensors", err)

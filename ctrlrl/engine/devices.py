@@ -1,0 +1,30 @@
+"""Where to compute, and with how many threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+SMALL_NETWORK = 300_000
+"""Parameters below which one CPU thread is faster than several."""
+
+
+def resolve(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises ``ValueError`` for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={name!r} was asked for, but torch {torch.__version__} finds no CUDA device; use 'cpu'"
+        )
+    return device
+
+
+def threads(policy: nn.Module) -> int:
+    """Torch threads for ``policy`` on the CPU: one for a small network without convolutions, else all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    small = sum(p.numel() for p in policy.parameters()) < SMALL_NETWORK
+    return 1 if small and not any(isinstance(m, nn.Conv2d) for m in policy.modules()) else cores
