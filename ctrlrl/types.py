@@ -17,7 +17,7 @@ Glossary of names, used with one meaning everywhere
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
@@ -128,6 +128,24 @@ class EnvSpec:
     """``sync`` in this process, ``async`` one process each, ``envpool`` C++ threads; ``auto`` decides when resolved."""
     threads: int | None = None
     """Threads of EnvPool; None lets it choose. Ignored by the other backends."""
+
+
+def check_types(config: Any) -> None:
+    """Raise ``ValueError`` for a dataclass field that is not of its annotated plain type (int, float, bool, str)."""
+    for f in fields(config):
+        value, wanted = getattr(config, f.name), str(f.type).removesuffix(" | None")
+        if value is None and str(f.type).endswith("| None"):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fine = {
+            "int": number and isinstance(value, int),
+            "float": number,
+            "bool": isinstance(value, bool),
+            "str": isinstance(value, str),
+            "tuple[int, ...]": isinstance(value, tuple) and all(type(v) is int and v > 0 for v in value),
+        }.get(wanted, True)
+        if not fine:
+            raise ValueError(f"{f.name}={value!r} is a {type(value).__name__}; expected {f.type}")
 
 
 @runtime_checkable

@@ -62,15 +62,7 @@ class Agent:
             ValueError: The observation does not fit the observation space.
         """
         obs, batched = self._as_batch(observation)
-        count = (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
-        with torch.inference_mode():
-            if deterministic:
-                action = self.policy.deterministic(obs)
-            else:
-                noise = self.policy.noise(1, count, self._predict_generator())[0]
-                drawn = self.policy.act(obs, noise.to(self.device))
-                action = self.policy.to_env(obs, drawn)
-        result = action.cpu().numpy().astype(self.action_space.dtype, copy=False)
+        result = self._act(obs, None if deterministic else self._predict_generator())
         return (result if batched else result[0]), state
 
     def evaluate(
@@ -97,9 +89,11 @@ class Agent:
         width = min(episodes, n_envs or 10)
         spec = EnvSpec(self.env_spec.id, self.env_spec.kwargs, self.env_spec.wrappers, width, "sync")
         env = environments.make_vector(spec, autoreset="disabled")
+        base = derive(self.seed if seed is None else seed, "evaluate")
+        noise = None if deterministic else generator(base, "noise")
         try:
             with environments.torch_threads(getattr(getattr(self, "config", None), "threads", None)):
-                return evaluate(env, lambda o, _: self._act_batch(o, deterministic), episodes, self._eval_seed(seed))
+                return evaluate(env, lambda o, _: self._act(self._as_batch(o)[0], noise), episodes, base)
         finally:
             env.close()
 
@@ -114,11 +108,16 @@ class Agent:
             return False
         return True
 
-    def _eval_seed(self, seed: int | None) -> int:
-        return derive(self.seed if seed is None else seed, "evaluate")
-
-    def _act_batch(self, observation: Any, deterministic: bool) -> np.ndarray:
-        return self.predict(observation, deterministic=deterministic)[0]
+    def _act(self, obs: Obs, noise: torch.Generator | None) -> np.ndarray:
+        """The environment's actions [N, ...] at ``obs``: sampled with ``noise``, the mode without."""
+        with torch.inference_mode():
+            if noise is None:
+                action = self.policy.deterministic(obs)
+            else:
+                count = (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]
+                drawn = self.policy.act(obs, self.policy.noise(1, count, noise)[0].to(self.device))
+                action = self.policy.to_env(obs, drawn)
+        return action.cpu().numpy().astype(self.action_space.dtype, copy=False)
 
     def _predict_generator(self) -> torch.Generator:
         if not hasattr(self, "_generator"):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.nets.actor_critic import NetworkConfig
+from ctrlrl.types import check_types
 
 T = TypeVar("T")
 
@@ -83,6 +84,10 @@ class OnPolicyConfig:
     """Split every optimiser step's batch into this many parts, to save memory; the result is the same."""
 
     def __post_init__(self) -> None:
+        try:
+            check_types(self)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         positive = (
             "n_steps batch_size epochs value_epochs value_batch_size value_clip max_grad_norm target_kl adam_eps "
             "clip_obs clip_reward checkpoint_every eval_every eval_episodes threads steps_per_graph micro_batches"
@@ -125,6 +130,9 @@ def build(
     merged |= settings
     groups: list[type] = [OnPolicyConfig, NetworkConfig, loss_type]
     parts: list[dict[str, Any]] = [{}, {}, {}]
+    taken = set(field_names(loss_type)) & {n for group in groups[:2] for n in field_names(group)}
+    if taken:
+        raise ConfigError(f"{loss_type.name} names its field {', '.join(sorted(taken))} like a setting of the loop")
     for name, value in merged.items():
         for part, group in zip(parts, groups, strict=True):
             if name in field_names(group):
@@ -137,13 +145,13 @@ def build(
             raise ConfigError(f"{loss_type.name} has no setting {name!r}.{hint}")
     loop, network, loss = parts
     for name in ("actor_hidden", "critic_hidden"):
-        if name in network:
+        if isinstance(network.get(name), list):
             network[name] = tuple(network[name])
     if network:
         loop["network"] = dataclasses.replace(loop.get("network", NetworkConfig()), **network)
     try:
         return OnPolicyConfig(**loop), loss_type(**loss)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{loss_type.name}: {error}") from error
 
 

@@ -32,6 +32,10 @@ class Evaluation(NamedTuple):
         return float(self.returns.std())
 
 
+MAX_STEPS = 1_000_000
+"""Steps after which an episode is taken to be endless."""
+
+
 def evaluate(
     env: gym.vector.VectorEnv, act: Callable[[Any, np.ndarray], np.ndarray], episodes: int, seed: int
 ) -> Evaluation:
@@ -56,6 +60,11 @@ def evaluate(
         obs, reward, terminated, truncated, _ = env.step(act(obs, index))
         returns[index[active]] += np.asarray(reward)[active]
         lengths[index[active]] += 1
+        if lengths.max() >= MAX_STEPS:
+            raise RuntimeError(
+                f"an episode has not ended after {MAX_STEPS:,} steps: give the environment a time limit "
+                "(max_episode_steps in gymnasium.register), or train with eval_every=None"
+            )
         ended = np.logical_or(terminated, truncated)
         if not ended.any():
             continue

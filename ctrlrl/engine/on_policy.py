@@ -259,6 +259,7 @@ class OnPolicyAgent(Agent):
                 if log is not None:
                     log.flush()
                 path = self.write_checkpoint(self.run_dir, "last")
+                path.with_name("interrupted.safetensors").unlink(missing_ok=True)  # behind "last" by now
                 self._notify(callbacks, "on_checkpoint", path)
                 clock = time.perf_counter()
             if interrupted["asked"] and not finished:

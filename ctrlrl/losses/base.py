@@ -26,7 +26,7 @@ from torch import Tensor
 from ctrlrl.core import advantage as adv
 from ctrlrl.core import penalty, ratio, reduce
 from ctrlrl.core.control import Controller
-from ctrlrl.types import PolicyOutput, SequenceBatch
+from ctrlrl.types import PolicyOutput, SequenceBatch, check_types
 
 Knobs: TypeAlias = Mapping[str, Tensor]
 Need: TypeAlias = Literal[
@@ -80,6 +80,7 @@ class PolicyLoss:
     """Named settings: fields of the loss or of the loop."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, int | float) or isinstance(value, bool):

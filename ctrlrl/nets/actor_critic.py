@@ -17,7 +17,7 @@ from ctrlrl.nets.heads import ActionHead, action_head
 from ctrlrl.nets.mlp import ACTIVATIONS, mlp, orthogonal
 from ctrlrl.nets.normalizer import ObsNormalizer
 from ctrlrl.nets.sampler import Sampler, sampler
-from ctrlrl.types import Distribution, Obs, PolicyOutput
+from ctrlrl.types import Distribution, Obs, PolicyOutput, check_types
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class NetworkConfig:
     preprocessed observation to [B, out_features] and has that attribute. Shared by actor and critics."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
         if self.action_map not in ("clip", "tanh"):

@@ -230,6 +230,8 @@ class MultiCategoricalHead(ActionHead):
 def action_head(features: int, space: gym.Space, log_std_init: float, action_map: str) -> ActionHead:
     """The head for ``space``; raises ``TypeError`` for spaces no density is defined on."""
     if isinstance(space, gym.spaces.Box):
+        if not np.issubdtype(space.dtype, np.floating):
+            raise TypeError(f"actions {space} are integers in a Box; expected floats, or a MultiDiscrete space")
         return GaussianHead(features, space, log_std_init, action_map)
     if isinstance(space, gym.spaces.Discrete):
         return CategoricalHead(features, space)

@@ -155,7 +155,9 @@ def _frame(env: gym.Env) -> np.ndarray:
 
 
 def _build(spec: EnvSpec, render_mode: str | None) -> gym.Env:
-    return build_env(dataclasses.replace(spec, kwargs={**spec.kwargs, "render_mode": render_mode}))
+    # not every environment has the argument, and one that is not drawn does not need it
+    drawing = {} if render_mode is None else {"render_mode": render_mode}
+    return build_env(dataclasses.replace(spec, kwargs={**spec.kwargs, **drawing}))
 
 
 def _can_show(spec: EnvSpec) -> bool:
