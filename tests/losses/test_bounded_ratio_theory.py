@@ -1,4 +1,4 @@
-"""Known answers of bounded-ratio and mirror-descent policy improvement, on finite state and action sets.
+"""Known answers of bounded-ratio policy improvement, on finite state and action sets.
 
 Every check compares ``ctrlrl.core.weight`` or ``ctrlrl.core.head`` with something that does not use it: a convex
 program, exact policy evaluation, a closed form. Where a well-known slip exists, it is shown to fail.
@@ -6,15 +6,13 @@ program, exact policy evaluation, a closed form. Where a well-known slip exists,
 
 import math
 from itertools import pairwise, product
-from typing import NamedTuple
 
 import pytest
 import torch
+from losses.tabular import F64, garnet, iterate, rate, smallest_rise
 from torch import Tensor
 
-from ctrlrl.core import gate, head, penalty, weight
-
-F64 = torch.float64
+from ctrlrl.core import gate, head, weight
 
 
 def random_problem(seed: int, actions: int = 6) -> tuple[Tensor, Tensor]:
@@ -196,75 +194,6 @@ def test_quadratic_pull_is_the_quadratic_penalty(eps):
 # -- exact policy iteration -----------------------------------------------------------------------
 
 
-class Mdp(NamedTuple):
-    transition: Tensor
-    """[S, A, S]"""
-    reward: Tensor
-    """[S, A]"""
-    gamma: float
-
-    def values(self, pi: Tensor) -> tuple[Tensor, Tensor]:
-        """V [S] and Q [S, A] of a policy, by a linear solve."""
-        p = torch.einsum("sa,sat->st", pi, self.transition)
-        v = torch.linalg.solve(torch.eye(len(p), dtype=F64) - self.gamma * p, (pi * self.reward).sum(-1))
-        return v, self.reward + self.gamma * self.transition @ v
-
-    def optimal(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """V*, Q* and the policies that policy iteration passes through, beginning with uniform."""
-        pi = torch.full_like(self.reward, 1 / self.reward.shape[1])
-        passed = [pi]
-        while True:
-            v, q = self.values(pi)
-            new = torch.nn.functional.one_hot(q.argmax(-1), q.shape[1]).to(F64)
-            if torch.equal(new, pi):
-                return v, q, passed
-            passed.append(new)
-            pi = new
-
-    def occupancy(self, pi: Tensor, start: Tensor) -> Tensor:
-        """Discounted state distribution [S], summing to one."""
-        p = torch.einsum("sa,sat->st", pi, self.transition)
-        return (1 - self.gamma) * torch.linalg.solve(torch.eye(len(p), dtype=F64) - self.gamma * p.T, start)
-
-
-def garnet(seed: int, states: int = 20, actions: int = 5, branch: int = 3, gamma: float = 0.9) -> Mdp:
-    """Random MDP: each pair leads to ``branch`` states; rewards standard normal."""
-    g = torch.Generator().manual_seed(seed)
-    transition = torch.zeros(states, actions, states, dtype=F64)
-    where = torch.rand(states, actions, states, generator=g).argsort(-1)[..., :branch]
-    share = torch.rand(states, actions, branch, generator=g, dtype=F64) + 0.05
-    transition.scatter_(-1, where, share / share.sum(-1, keepdim=True))
-    return Mdp(transition, torch.randn(states, actions, generator=g, dtype=F64), gamma)
-
-
-def iterate(mdp: Mdp, step, iterations: int, record=None) -> tuple[Tensor, list[Tensor]]:
-    """Policies under pi <- step(q, pi, k); returns the last one and the values on the way."""
-    pi = torch.full_like(mdp.reward, 1 / mdp.reward.shape[1])
-    trail = []
-    for k in range(iterations):
-        v, q = mdp.values(pi)
-        trail.append(v)
-        if record is not None:
-            record.append(pi)
-        pi = step(q, pi, k)
-        assert (pi.sum(-1) - 1).abs().max() < 1e-9
-        pi = pi / pi.sum(-1, keepdim=True)
-    return pi, trail
-
-
-def smallest_rise(trail: list[Tensor]) -> float:
-    values = torch.stack(trail)
-    return (values[1:] - values[:-1]).min().item()
-
-
-def rate(mdp: Mdp, policies: list[Tensor], first: int, last: int) -> float:
-    """Factor per iteration by which the mass on actions that are not optimal shrinks."""
-    _, q, _ = mdp.optimal()
-    off = q < q.amax(-1, keepdim=True) - 1e-9
-    mass = [torch.where(off, policies[k], 0.0).sum().item() for k in (first, last)]
-    return (mass[1] / mass[0]) ** (1 / (last - first))
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("eps", [0.1, 0.2])
 def test_exact_iteration_improves_everywhere_and_contracts_at_one_minus_eps(seed, eps):
@@ -355,117 +284,3 @@ def test_surrogate_of_any_policy_is_bounded_by_its_distance_to_the_target():
         loss = (d * head.ratio_target(r, best, a.abs())).sum()
         assert (d * best * a).sum() > 0
         assert (d * r * a).sum() >= (d * best * a).sum() - loss - 1e-12
-
-
-# -- mirror descent -------------------------------------------------------------------------------
-
-
-def mdpo_objective(logits: Tensor, old: Tensor, a: Tensor, t: float) -> Tensor:
-    r = (logits.log_softmax(-1) - old.log_softmax(-1)).exp()
-    expected = (old.softmax(-1) * head.ratio_advantage(r, a)).sum(-1)
-    return (expected - penalty.categorical_kl(logits, old) / t).sum()
-
-
-def softmax_problem(seed: int = 0) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    old, q = torch.randn(2, 4, 5, generator=g, dtype=F64)
-    return old, q - (old.softmax(-1) * q).sum(-1, keepdim=True)
-
-
-@pytest.mark.parametrize("t", [0.1, 1.0, 10.0])
-def test_first_gradient_is_the_policy_gradient(t):
-    old, a = softmax_problem()
-    logits = old.clone().requires_grad_()
-    (got,) = torch.autograd.grad(mdpo_objective(logits, old, a, t), logits)
-    want = old.softmax(-1) * a  # since E[a] = 0
-    assert (got - want).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("t", [0.3, 1.0])
-def test_many_steps_reach_the_exponential_update(t):
-    old, a = softmax_problem()
-    want = (old + t * a).softmax(-1)
-    for forward in (False, True):
-        logits = old.clone().requires_grad_()
-        search = torch.optim.LBFGS(
-            [logits], max_iter=400, tolerance_grad=1e-13, tolerance_change=1e-18, line_search_fn="strong_wolfe"
-        )
-
-        def closure(logits=logits, forward=forward, search=search):
-            search.zero_grad()
-            gain = (logits.softmax(-1) * a).sum()
-            other = gain - penalty.categorical_kl(old, logits).sum() / t
-            loss = -(other if forward else mdpo_objective(logits, old, a, t))
-            loss.backward()
-            return loss
-
-        search.step(closure)  # type: ignore[arg-type]
-        miss = (logits.detach().softmax(-1) - want).abs().max()
-        assert miss > 1e-3 if forward else miss < 1e-8  # the other direction of the divergence ends elsewhere
-
-
-def test_distance_to_the_exponential_update_falls_with_the_number_of_steps():
-    old, a = softmax_problem()
-    goal = old + a
-    logits, seen = old.clone().requires_grad_(), []
-    for m in range(1, 201):
-        (grad,) = torch.autograd.grad(mdpo_objective(logits, old, a, 1.0), logits)
-        logits = (logits + 0.5 * grad).detach().requires_grad_()
-        if m in (1, 5, 10, 50, 200):
-            seen.append(penalty.categorical_kl(logits.detach(), goal).sum().item())
-    assert all(b < a for a, b in pairwise(seen)) and seen[-1] < 1e-2 * seen[0]
-
-
-def test_mirror_divergence_has_the_direction_new_to_old():
-    from torch.distributions import Independent, Normal, kl_divergence
-
-    g = torch.Generator().manual_seed(0)
-    m, s, m2, s2 = torch.randn(4, 8, 3, generator=g, dtype=F64)
-    new, old = Independent(Normal(m, s.exp()), 1), Independent(Normal(m2, s2.exp()), 1)
-    got = penalty.gaussian_kl(m, s, m2, s2)
-    assert ((got - kl_divergence(new, old)) / got).abs().max() < 1e-12
-    assert ((got - kl_divergence(old, new)).abs() > 1e-2).all()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_mirror_descent_improves_everywhere_within_its_bound(seed):
-    mdp, t = garnet(seed), 1.0
-    _, trail = iterate(mdp, lambda q, pi, k: torch.softmax(pi.log() + t * q, -1), 201)
-    assert smallest_rise(trail) >= -1e-10
-    best, _, _ = mdp.optimal()
-    for k, v in enumerate(trail):
-        bound = (math.log(5) / (t * (1 - mdp.gamma)) + 1 / (1 - mdp.gamma) ** 2) / (k + 1)
-        assert (best - v).max() < bound
-    assert (best - trail[200]).max() < 0.1 * (best - trail[10]).max()
-    _, wrong = iterate(mdp, lambda q, pi, k: torch.softmax(pi.log() - t * q, -1), 5)
-    assert smallest_rise(wrong) < -1e-2
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_huge_steps_are_policy_iteration(seed):
-    mdp = garnet(seed)
-    _, _, passed = mdp.optimal()
-    policies: list[Tensor] = []
-
-    def step(q: Tensor, pi: Tensor, k: int) -> Tensor:
-        # keep every action alive in logarithms: exp(1e6 gap) underflows, and log 0 would stay dead for ever
-        return torch.softmax(pi.clamp(min=1e-300).log() + 1e6 * (q - q.amax(-1, keepdim=True)), -1)
-
-    iterate(mdp, step, len(passed) + 1, policies)
-    assert len(passed) >= 3
-    for got, want in zip(policies, passed, strict=False):
-        assert (got - want).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_geometric_steps_converge_linearly_or_faster(seed):
-    mdp = garnet(seed)
-    logits = torch.zeros_like(mdp.reward)
-    best, _, _ = mdp.optimal()
-    error = []
-    for k in range(101):
-        v, q = mdp.values(logits.softmax(-1))
-        error.append((best - v).max().item())
-        logits = logits + (1 / mdp.gamma) ** (k + 1) * (q - q.amax(-1, keepdim=True))
-    assert error[50] <= 1e-4 and error[100] < 1e-12
-    assert all(e <= error[0] * mdp.gamma**k + 1e-12 for k, e in enumerate(error))
