@@ -1,4 +1,4 @@
-"""ctrlrl: classic control and offline reinforcement learning.
+"""ctrlrl: reinforcement learning for control.
 
 ``ctrlrl.make("bpo", env="HalfCheetah-v5")`` builds an agent, ``ctrlrl.PPO(env)`` does the same by class;
 ``ctrlrl.load(run)`` brings one back. Nothing heavy is imported before the first of these is used.

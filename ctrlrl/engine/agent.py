@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.engine import checkpoint, environments, runfolder
+from ctrlrl.engine.errors import CheckpointError
 from ctrlrl.engine.evaluate import Evaluation, evaluate
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.spaces import space_to_json
@@ -221,3 +222,22 @@ class Agent:
         path = Path(folder) / runfolder.CHECKPOINTS / f"{name}.safetensors"
         tensors, state = checkpoint.read(path, expect=self.identity())
         self.restore(tensors, state)
+
+
+def load_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Take over the tensors named ``prefix...``, all of them or none.
+
+    Raises:
+        CheckpointError: A name or a shape does not fit.
+    """
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    found, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, module.state_dict()))
+    # checked before anything is taken over: load_state_dict would leave half of it behind
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"the checkpoint does not fit this agent's network: {prefix}{name} has shape "
+                f"{found.get(name, 'none')} in it, expected {wanted.get(name, 'none')}. Use the run's config, "
+                "and pass encoder= if it was built with one"
+            )
+    module.load_state_dict(state)

@@ -75,7 +75,7 @@ class OnPolicyConfig:
     threads: int | None = None
     """Torch threads on the CPU; None picks one for small networks and all cores for large ones."""
     compile: bool = False
-    """Compile the update with torch.compile: about ten to twenty seconds once, then three to four times faster."""
+    """Compile the update with torch.compile: ten to twenty seconds at the start, then two to three times the speed."""
     cudagraphs: bool = False
     """Replay the update as a CUDA graph; needs a GPU."""
     steps_per_graph: int = 4

@@ -96,7 +96,7 @@ def concrete(spec: EnvSpec) -> EnvSpec:
         return spec
     full = _registered(spec.id)
     # one environment is faster in this process than handed to a thread and back
-    fits = spec.n_envs > 1 and full in envpool.VERIFIED & envpool.ids() and not spec.kwargs and not spec.wrappers
+    fits = spec.n_envs > 1 and envpool.agrees(full) and not spec.kwargs and not spec.wrappers
     backend: Backend = spec.backend if spec.backend != "auto" else "envpool" if fits else "sync"
     return dataclasses.replace(spec, id=full, backend=backend)
 

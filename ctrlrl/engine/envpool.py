@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import warnings
@@ -44,6 +45,22 @@ DISAGREE: dict[str, str] = {
 }
 """Ids of both libraries that are not known to be the same environment, and why. ``backend="auto"`` never takes
 EnvPool for them; ``backend="envpool"`` does, with a warning."""
+
+
+@cache
+def same_physics() -> bool:
+    """Whether the installed MuJoCo computes what EnvPool's own does: from 3.5 on, by the tests' tolerances."""
+    try:
+        major, minor = importlib.metadata.version("mujoco").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 5)
+
+
+def agrees(env_id: str) -> bool:
+    """Whether EnvPool has ``env_id`` and it is known to be the same environment as Gymnasium's."""
+    mujoco = env_id.split("-")[0] in (*_MUJOCO, "Humanoid", "HumanoidStandup", "Pusher")
+    return env_id in VERIFIED & ids() and (same_physics() or not mujoco)
 
 
 def installed() -> bool:

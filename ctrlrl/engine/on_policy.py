@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.engine import checkpoint, devices, environments, hooks, runfolder
-from ctrlrl.engine.agent import Agent
+from ctrlrl.engine.agent import Agent, load_module
 from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import build, to_dict
 from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
@@ -411,8 +411,8 @@ class OnPolicyAgent(Agent):
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         state = self.updater.state
-        _load(self.policy, tensors, "policy/")
-        _load(self.reward_normalizer, tensors, "reward/")
+        load_module(self.policy, tensors, "policy/")
+        load_module(self.reward_normalizer, tensors, "reward/")
         if tensors["optimizer/m"].shape != state.m.shape:
             raise CheckpointError("the checkpoint's network differs in size from this agent's; use the run's config")
         self.updater.state = state._replace(
@@ -434,17 +434,3 @@ class OnPolicyAgent(Agent):
 
     def _env_name(self) -> str:
         return self.env_spec.id if self.env_spec is not None else "live"
-
-
-def _load(module: torch.nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    found, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, module.state_dict()))
-    # checked before anything is taken over: load_state_dict would leave half of it behind
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"the checkpoint does not fit this agent's network: {prefix}{name} has shape "
-                f"{found.get(name, 'none')} in it, expected {wanted.get(name, 'none')}. Use the run's config, "
-                "and pass encoder= if it was built with one"
-            )
-    module.load_state_dict(state)

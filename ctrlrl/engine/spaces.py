@@ -50,7 +50,9 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
             dtype, shape = np.dtype(data["dtype"]), tuple(data["shape"])
             return gym.spaces.Box(_array(data["low"], shape, dtype), _array(data["high"], shape, dtype), shape, dtype)
         if kind == "Discrete":
-            return gym.spaces.Discrete(data["n"], start=data["start"], dtype=np.dtype(data.get("dtype", "int64")))
+            space = gym.spaces.Discrete(data["n"], start=data["start"])
+            space.dtype = np.dtype(data.get("dtype", "int64"))  # an argument of the constructor from gymnasium 1.2 on
+            return space
         if kind == "MultiDiscrete":
             return gym.spaces.MultiDiscrete(data["nvec"], dtype=np.dtype(data["dtype"]), start=data["start"])
         if kind == "MultiBinary":

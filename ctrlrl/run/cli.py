@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from ctrlrl.types import Backend
@@ -123,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that mylosses:MyLoss is found here, as python -m ctrlrl finds it
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         return _fail(f"no verb {verb!r}.{_near(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
@@ -254,9 +257,9 @@ def _eval(words: list[str]) -> int:
         f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint at {agent.steps:,} steps, "
         f"{options.episodes} {kind} episodes"
     )
-    quartiles = sorted(result.returns)
+    low, middle, high = np.quantile(result.returns, (0.0, 0.5, 1.0))
     print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")
-    print(f"  lowest {quartiles[0]:.2f}, median {quartiles[len(quartiles) // 2]:.2f}, highest {quartiles[-1]:.2f}")
+    print(f"  lowest {low:.2f}, median {middle:.2f}, highest {high:.2f}")
     return 0
 
 

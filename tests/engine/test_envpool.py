@@ -60,7 +60,7 @@ def state(env_id: str, obs: np.ndarray, info: dict, u) -> tuple[np.ndarray, np.n
         u.set_state(np.zeros(nq), np.zeros(nv))
         places = [(obs[at : at + 2] - u.get_body_com(body)[:2])[::-1] for at, body in ((17, "object"), (20, "goal"))]
         return np.r_[obs[:7], *places], np.r_[obs[7:14], np.zeros(4)]
-    raise NotImplementedError(env_id)
+    raise AssertionError(f"no state is recovered for {env_id}")
 
 
 @pytest.mark.parametrize("env_id", sorted(envpool.VERIFIED))
@@ -71,6 +71,7 @@ def test_spaces_and_limits(env_id):
     assert other.pool.spec.config.max_episode_steps == own.spec.max_episode_steps
 
 
+@pytest.mark.skipif(not envpool.same_physics(), reason="EnvPool's own MuJoCo computes otherwise than before 3.5")
 @pytest.mark.parametrize("env_id", MUJOCO)
 def test_mujoco_rewards_and_dynamics(env_id):
     own, other = gym.make(env_id), make(env_id, keep_infos=True)
