@@ -139,6 +139,17 @@ def test_target_kl_stops_the_update_but_keeps_the_steps_before_it():
     assert bool(stopped.state._replace(alive=torch.tensor(True)).alive)
 
 
+def test_once_stopped_an_update_stays_stopped():
+    # a later batch may have a small KL again (here 0: nothing has moved), which must not wake the update up
+    _, updater, batch, knobs = make(batch_size=None, target_kl=1.0)
+    (step,) = updater.steps.values()
+    stopped = updater.state._replace(alive=torch.tensor(False))
+    after, metrics = step(stopped, batch, knobs)
+    assert metrics["approx_kl"] < 1e-6 and not after.alive
+    torch.testing.assert_close(after.params, stopped.params, atol=0, rtol=0)
+    assert step(updater.state, batch, knobs)[0].alive
+
+
 def test_separate_value_phase_leaves_the_other_parameters_alone():
     policy, updater, batch, knobs = make("mdpo", epochs=1)
     before = {k: v.clone() for k, v in policy.named_parameters()}

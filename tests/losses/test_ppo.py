@@ -11,6 +11,8 @@ def test_golden_table():
     rows = [
         (0.50, +1.0, +0.50),  # below the band, A > 0: still pushed up
         (0.75, +1.0, +0.75),
+        (0.85, -1.0, -0.85),  # inside the band on either side
+        (1.15, +1.0, +1.15),
         (1.00, +1.0, +1.00),
         (1.10, +2.0, +2.20),
         (1.25, +1.0, +0.00),  # passed its target
