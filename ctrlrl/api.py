@@ -8,12 +8,12 @@ import os
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import torch
 
 from ctrlrl.engine import config as configs
 from ctrlrl.engine import runfolder
 from ctrlrl.engine.on_policy import OnPolicyAgent
 from ctrlrl.losses import base as losses
-from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.types import EnvSpec
 
 
@@ -27,17 +27,13 @@ class Method(NamedTuple):
     agent: type[OnPolicyAgent]
 
 
-_PROVIDED = frozenset({"values", "dist_old", "sequence_return"})
-"""What the on-policy loop can put into a batch."""
-
-
 @functools.cache
 def agent_classes() -> dict[str, type[OnPolicyAgent]]:
     """Agent classes by class name (PPO, BPO, ...), one for each loss the on-policy loop can run."""
     classes: dict[str, type[OnPolicyAgent]] = {}
     for name in losses.names():
         loss = losses.get(name)
-        if loss.needs <= _PROVIDED:
+        if loss.needs <= losses.PROVIDED_BY_THE_LOOP:
             document = f"On-policy agent with the {name} loss. {loss.__doc__}\n\nPaper: {loss.paper}"
             classes[loss.__name__] = type(loss.__name__, (OnPolicyAgent,), {"method": name, "__doc__": document})
     return classes
@@ -71,7 +67,6 @@ def get_method(name: str) -> type[OnPolicyAgent]:
     """
     if ":" in name:
         loss = losses.get(name)
-        _check_needs(loss)
         return type(loss.__name__, (OnPolicyAgent,), {"method": name, "__doc__": loss.__doc__})
     known = methods()
     if name not in known:
@@ -79,12 +74,6 @@ def get_method(name: str) -> type[OnPolicyAgent]:
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise KeyError(f"no method named {name!r}.{hint} Known: {', '.join(sorted(known))}")
     return known[name].agent
-
-
-def _check_needs(loss: type[PolicyLoss]) -> None:
-    missing = loss.needs - _PROVIDED
-    if missing:
-        raise KeyError(f"the loss {loss.__name__} needs {', '.join(sorted(missing))}, which the on-policy loop has not")
 
 
 def make(method: str, env: str | EnvSpec | gym.Env | gym.vector.VectorEnv, **settings: Any) -> OnPolicyAgent:
@@ -131,8 +120,9 @@ def load(
         settings["encoder"] = encoder
     if device is not None:
         settings["device"] = device
-    elif str(settings["device"]).startswith("cuda"):
-        settings["device"] = "auto"
+    elif str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
+        settings["device"] = "cpu"
+    settings["cudagraphs"] = settings["cudagraphs"] and not str(settings["device"]).startswith("cpu")
     cls = get_method(document["method"])
     loss = losses.get(document["method"])
     settings |= {k: v for k, v in document["loss"].items() if k in configs.field_names(loss)}

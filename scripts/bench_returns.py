@@ -28,10 +28,9 @@ EPISODES = 100
 def train_ctrlrl(env: str, method: str, seed: int, steps: int) -> list[float]:
     from ctrlrl.api import make
 
-    name, _, preset = method.partition("+")
-    agent = make(
-        name, env, seed=seed, backend="sync", device="cpu", compile=True, eval_every=None, preset=preset or None
-    )
+    name, *settings = method.split(",")
+    chosen = {k: json.loads(v) for k, v in (setting.split("=") for setting in settings)}
+    agent = make(name, env, seed=seed, backend="sync", device="cpu", compile=True, eval_every=None, **chosen)
     agent.learn(steps, root=None, progress=False)
     return agent.evaluate(EPISODES, seed=10_000).returns.tolist()
 
@@ -127,7 +126,7 @@ def plot(merged: dict, path: Path, steps: int) -> None:
         axis.set_yticks(range(len(rows)), ["SB3 ppo" if m == "sb3_ppo" else m for m in reversed(rows)])
         axis.set_title(env, fontsize=10)
         axis.set_xlabel(f"return after {steps:,} steps", fontsize=9)
-        axis.set_xlim(left=0)
+        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +143,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--envs", nargs="+", default=list(ENVS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="sb3_ppo, or a method, or method+preset")
+    about = "sb3_ppo, or a method with settings: spo,eps=0.6"
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=about)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path("bench/returns"))
     parser.add_argument("--plot", type=Path, default=None, help="also draw the table as a picture")
@@ -158,6 +158,7 @@ def main() -> None:
     queue = [job for job in queue if not shard(args, *job).exists()]
     running: list[tuple[tuple, subprocess.Popen]] = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    failed = 0
     while running or (queue and time.monotonic() < deadline):
         while queue and len(running) < args.jobs and time.monotonic() < deadline:
             job = queue.pop(0)
@@ -169,15 +170,26 @@ def main() -> None:
         for job, process in list(running):
             if process.poll() is not None:
                 running.remove((job, process))
+                failed += process.returncode != 0
                 print(f"{'ran' if process.returncode == 0 else 'FAILED'}: {job}", flush=True)
     merged = table(args)
-    (args.out / f"table-{args.steps}.json").write_text(json.dumps(merged, indent=2) + "\n")
+    shards = [json.loads(p.read_text()) for p in (args.out / f"{args.steps}").rglob("*.json")]
+    document = {
+        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "arguments": {"steps": args.steps, "seeds": args.seeds, "envs": args.envs, "methods": args.methods},
+        "compiled": "ctrlrl yes, Stable-Baselines3 no",
+        "versions": shards[0]["versions"] if shards else {},
+        "table": merged,
+    }
+    (args.out / f"table-{args.steps}.json").write_text(json.dumps(document, indent=2) + "\n")
     if args.plot is not None:
         plot(merged, args.plot, args.steps)
     for env, rows in merged.items():
         print(env)
         for method, row in rows.items():
             print(f"  {method:14} {row['iqm']:8.1f}  [{row['low']}, {row['high']}]  {row['seeds']} seeds")
+    if failed:
+        sys.exit(f"{failed} runs failed and are missing from the table")
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, eps_low: float | Tensor,
     =========  ======  ========================================
     """
     a = advantage.detach()
-    low = torch.as_tensor(1 - eps_low, dtype=ratio.dtype, device=ratio.device)
-    high = torch.as_tensor(1 + eps_high, dtype=ratio.dtype, device=ratio.device)
-    return torch.minimum(ratio * a, ratio.clamp(low, high) * a)
+    # two one-sided clamps, as a bound may be a float and the other a tensor; a float is never copied to a GPU
+    clipped = ratio.clamp(min=1 - eps_low).clamp(max=1 + eps_high)
+    return torch.minimum(ratio * a, clipped * a)
 
 
 def logp_advantage(logp: Tensor, advantage: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def read(
         raise CheckpointError(
             f"{file} is a safetensors file but not a ctrlrl checkpoint: its header has "
             f"{sorted(metadata) or 'no entries'}, "
-            f"expected an entry {_KEY!r}. Foreign policies are read by ctrlrl.import_policy"
+            f"expected an entry {_KEY!r}"
         )
     state = _checked_state(file, metadata[_KEY], tensors)
     for key, wanted in (expect or {}).items():
@@ -188,8 +188,7 @@ def _kind(file: Path) -> str:
     # Asked only now: a safetensors file may begin with these bytes too, they are the length of its header.
     if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1] in range(2, 6)):
         return (
-            "it is a zip or pickle file, or damaged. ctrlrl never unpickles checkpoints; "
-            "policies of other libraries are read by ctrlrl.import_policy"
+            "it is a zip or pickle file, or damaged. ctrlrl never unpickles checkpoints"
         )
     return "it is truncated or damaged. Use another checkpoint of the run (last or best) or train again"
 

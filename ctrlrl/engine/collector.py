@@ -166,6 +166,7 @@ class Collector:
         sample, step, write_obs, write_action = policy.sampler(), env.step, storage.write_obs, storage.write_action
         rewards, terminations, truncations = storage.reward, storage.terminated, storage.truncated
         clock, disabled, on_cpu = time.perf_counter, self._disabled, device.type == "cpu"
+        same_step = not disabled and not self._next_step and self._live is not None  # our own always give it
         simulation, t = 0.0, 0
         next_obs, self._broken = self._obs, True
         try:
@@ -182,6 +183,11 @@ class Collector:
                     if disabled:
                         next_obs = self._reset_ended(t, next_obs, terminations[t], truncations[t], finals)
                     simulation += clock() - began
+                    if same_step and (truncations[t] & ~terminations[t]).any() and "final_obs" not in infos:
+                        raise ValueError(
+                            "an episode was truncated and reset in the same step, but infos has no 'final_obs': "
+                            f"without its last observation there is no value to go on with. Found {sorted(infos)}"
+                        )
                     if infos and "final_obs" in infos:
                         keep_finals(t, infos, terminations[t], truncations[t], finals)
                     obs = write_obs(t + 1, next_obs)

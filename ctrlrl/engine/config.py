@@ -50,7 +50,8 @@ class OnPolicyConfig:
     max_grad_norm: float | None = 0.5
     """Largest norm of the whole gradient; None is off."""
     target_kl: float | None = None
-    """Stop the policy's update once the estimated KL from the old policy passes 1.5 times this; None is off."""
+    """Stop an iteration's update (critics trained together with the policy included) once the estimated KL from the
+    old policy passes 1.5 times this; None is off."""
     adam_eps: float = 1e-5
     """Adam's epsilon."""
     normalize_obs: bool = True
@@ -77,7 +78,7 @@ class OnPolicyConfig:
     compile: bool = False
     """Compile the update with torch.compile: ten to twenty seconds at the start, then two to three times the speed."""
     cudagraphs: bool = False
-    """Replay the update as a CUDA graph; needs a GPU."""
+    """Replay the update as a CUDA graph; needs a GPU. Not yet run on one: compare with a run without."""
     steps_per_graph: int = 4
     """Optimiser steps unrolled into one compiled graph or CUDA graph."""
     micro_batches: int = 1

@@ -19,13 +19,13 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from ctrlrl.engine import envpool
 from ctrlrl.engine.errors import UnknownEnvironment
-from ctrlrl.engine.spaces import check_observation, space_from_json, space_to_json, spaces_signature
+from ctrlrl.engine.spaces import check_observation, space_from_json, space_to_json
 from ctrlrl.engine.sync import LeanSyncVectorEnv
 from ctrlrl.types import Backend, EnvSpec
 
 __all__ = [
     "UnknownEnvironment", "build_env", "concrete", "listed", "make_vector", "resolve", "set_params", "space_from_json",
-    "space_to_json", "spaces", "spaces_signature", "spec_of", "start", "torch_threads", "width", "wrap_live",
+    "space_to_json", "spaces", "spec_of", "start", "torch_threads", "width", "wrap_live",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "sync", "async", "envpool")

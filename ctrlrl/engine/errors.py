@@ -42,13 +42,13 @@ class NonFiniteUpdateError(FloatingPointError):
         step: Environment steps trained.
         iteration: Iteration of the run.
         optimiser_step: Optimiser step within the iteration.
-        dump: Checkpoint file with the batch that the update was on, or None.
+        dump: File with which ``ctrlrl.engine.replay.replay_update`` repeats the update, or None.
     """
 
     def __init__(self, what: str, step: int, iteration: int, optimiser_step: int, dump: Path | None = None) -> None:
         self.what, self.step, self.dump = what, step, dump
         self.iteration, self.optimiser_step = iteration, optimiser_step
-        seen = f" The batch is in {dump} (ctrlrl.engine.checkpoint.read)." if dump else ""
+        seen = f" The update is in {dump} (ctrlrl.engine.replay.replay_update repeats it)." if dump else ""
         super().__init__(
             f"non-finite {what} at optimiser step {optimiser_step} of iteration {iteration}, after {step:,} "
             "environment steps; the parameters before it were kept. A lower learning rate or gradient clipping may "

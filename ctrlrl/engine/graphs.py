@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import warnings
@@ -16,8 +17,10 @@ from ctrlrl.engine.step import Metrics, OptState, Step
 from ctrlrl.types import SequenceBatch
 
 
-def compiler_available() -> bool:
-    """Whether torch.compile can build C++ kernels here."""
+def compiler_available(device: torch.device | None = None) -> bool:
+    """Whether torch.compile can build its kernels here: C++ for the CPU, Triton (with a C compiler) for a GPU."""
+    if device is not None and device.type != "cpu":
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cc")))
     compiler = os.environ.get("CXX")
     return any(shutil.which(c) for c in ([compiler] if compiler else ["g++", "clang++", "cl"]))
 
@@ -56,13 +59,14 @@ class CudaGraph:
         leaves, tree = pytree.tree_flatten((state, batch, knobs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         key = tuple((x.shape, x.dtype) for x in tensors)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(leaves, tree)
-        graph, inputs, outputs = self.graphs[key]
-        for fixed, x in zip(inputs, tensors, strict=True):
-            fixed.copy_(x)
-        graph.replay()
-        return pytree.tree_map(lambda x: x.clone(), outputs)
+        with torch.cuda.device(tensors[0].device):
+            if key not in self.graphs:
+                self.graphs[key] = self._capture(leaves, tree)
+            graph, inputs, outputs = self.graphs[key]
+            for fixed, x in zip(inputs, tensors, strict=True):
+                fixed.copy_(x)
+            graph.replay()
+            return pytree.tree_map(lambda x: x.clone(), outputs)
 
     def _capture(self, leaves: list[Any], tree: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]

@@ -28,7 +28,7 @@ class Callback(Protocol):
         """After every periodic evaluation."""
 
     def on_checkpoint(self, agent: OnPolicyAgent, step: int, path: Path) -> bool | None:
-        """After every checkpoint."""
+        """After every checkpoint at a border and at the end (``last``)."""
 
 
 def check(callbacks: Sequence[Any]) -> None:

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.engine import checkpoint, devices, environments, hooks, runfolder
+from ctrlrl.engine import checkpoint, devices, environments, hooks, replay, runfolder
 from ctrlrl.engine.agent import Agent, load_module
 from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import build, to_dict
 from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
 from ctrlrl.engine.estimate import estimate
 from ctrlrl.engine.graphs import compiler_available
-from ctrlrl.engine.log import Progress, RunLogger
+from ctrlrl.engine.log import Progress, RunLogger, Tags
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.update import Updater
 from ctrlrl.losses import base as losses
@@ -53,19 +53,9 @@ class OnPolicyAgent(Agent):
     method = ""
     policy: ActorCritic
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {
-            "resume",
-            "vector",
-            "box",
-            "discrete",
-            "multidiscrete",
-            "dict_obs",
-            "image_obs",
-            "gpu",
-            "compile",
-            "cudagraphs",
-        }
+        ["resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile"]
     )
+    # cudagraphs is not among them before a machine with a GPU has run its test
 
     def __init__(
         self,
@@ -85,6 +75,7 @@ class OnPolicyAgent(Agent):
             # by name where it has one, so that the run can be loaded without passing it again
             settings["encoder"] = encoder if isinstance(encoder, str) else encoder_path(encoder)
             encoder = None if settings["encoder"] is not None else encoder
+        losses.check_needs(losses.get(self.method))
         config, self.loss = build(losses.get(self.method), settings, preset)
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
@@ -108,7 +99,7 @@ class OnPolicyAgent(Agent):
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         self.reward_normalizer = RewardNormalizer(self.n_envs, config.gamma, config.clip_reward).to(self.device)
         compile = self.config.compile
-        if compile and not compiler_available() and self.device.type == "cpu":
+        if compile and not compiler_available(self.device):
             logger.warning("--compile needs a C++ compiler (g++ or clang++) and none was found: running eager.")
             compile = False
         self.updater = Updater(self.policy, self.loss, self.config, compile)
@@ -135,6 +126,7 @@ class OnPolicyAgent(Agent):
         progress: bool = True,
         wandb: Mapping[str, Any] | None = None,
         tensorboard: bool = True,
+        tags: Tags = "sb3",
     ) -> OnPolicyAgent:
         """Train for ``steps`` more environment steps (rounded up to whole iterations) and return the agent.
 
@@ -146,6 +138,7 @@ class OnPolicyAgent(Agent):
             progress: Show a live display.
             wandb: Arguments of wandb.init to also log there.
             tensorboard: Also write TensorBoard files.
+            tags: Whose names TensorBoard and wandb show: sb3, cleanrl or rsl_rl.
 
         Ctrl-C finishes the iteration, saves, and says how to resume; a second one stops at once.
         """
@@ -154,6 +147,11 @@ class OnPolicyAgent(Agent):
         before = self.run_dir
         if run_dir is not None:
             runfolder.guard_target(run_dir)
+            if before != Path(run_dir) and (Path(run_dir) / runfolder.CONFIG).exists():
+                raise FileExistsError(
+                    f"{run_dir} holds a run already; agent.resume continues it (ctrlrl train --resume), "
+                    "another run needs another folder"
+                )
             self.run_dir = Path(run_dir)
             (self.run_dir / runfolder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         elif root is not None:
@@ -168,7 +166,7 @@ class OnPolicyAgent(Agent):
             with environments.torch_threads(self.config.threads):
                 runfolder.write_json(self.run_dir / runfolder.VERSIONS, runfolder.versions())
             self.write_checkpoint(self.run_dir, "last")
-        return self._train(callbacks, progress, wandb, tensorboard, resume=False)
+        return self._train(callbacks, progress, wandb, tensorboard, tags, resume=False)
 
     def resume(
         self,
@@ -178,6 +176,7 @@ class OnPolicyAgent(Agent):
         progress: bool = True,
         wandb: Mapping[str, Any] | None = None,
         tensorboard: bool = True,
+        tags: Tags = "sb3",
     ) -> OnPolicyAgent:
         """Continue the run in ``run_dir`` from its last checkpoint to its planned end."""
         self.run_dir = Path(run_dir)
@@ -185,10 +184,16 @@ class OnPolicyAgent(Agent):
         self.load_checkpoint(self.run_dir, "last")
         if self.steps >= self.span[1]:
             return self
-        return self._train(callbacks, progress, wandb, tensorboard, resume=True)
+        return self._train(callbacks, progress, wandb, tensorboard, tags, resume=True)
 
     def _train(
-        self, callbacks: Sequence[Any], progress: bool, wandb: Mapping[str, Any] | None, tensorboard: bool, resume: bool
+        self,
+        callbacks: Sequence[Any],
+        progress: bool,
+        wandb: Mapping[str, Any] | None,
+        tensorboard: bool,
+        tags: Tags,
+        resume: bool,
     ) -> OnPolicyAgent:
         hooks.check(callbacks)
         if self.config.eval_every is not None and not self.can_evaluate:
@@ -203,6 +208,7 @@ class OnPolicyAgent(Agent):
                     tensorboard,
                     None if wandb is None else dict(wandb),
                     resume_step=self.steps if resume else None,
+                    tags=tags,
                 )
                 stack.callback(log.close)
             label = f"{self.method} {self._env_name()}"
@@ -276,7 +282,7 @@ class OnPolicyAgent(Agent):
         knobs, rates = self._knobs()
         updating = time.perf_counter()
         found = self.updater.run(batch, knobs, generator(self.seed, "shuffle", self.iteration))
-        metrics = self._accept(found, batch)
+        metrics = self._accept(found, batch, knobs)
         updated = time.perf_counter()
         self.policy.update_normalizer(collected.obs, collected.valid_t)
         self.iteration += 1
@@ -284,7 +290,7 @@ class OnPolicyAgent(Agent):
         for episode in collected.episodes:
             self.recent.append(episode)
         self.episodes += len(collected.episodes)
-        self.stats = {"approx_kl": metrics.get("approx_kl", 0.0)}
+        self.stats = dict(metrics)
         self.timings["simulation_s"] += collected.simulation_s
         self.timings["inference_s"] += collecting - collected.simulation_s
         self.timings["update_s"] += updated - updating
@@ -304,13 +310,13 @@ class OnPolicyAgent(Agent):
             numbers |= knobs
         return {k: torch.tensor(v, device=self.device) for k, v in numbers.items()}, numbers
 
-    def _accept(self, found: dict[str, Tensor], batch: SequenceBatch) -> dict[str, float]:
+    def _accept(self, found: dict[str, Tensor], batch: SequenceBatch, knobs: dict[str, Tensor]) -> dict[str, float]:
         """Check the update for NaN, make it the policy's, and average its metrics."""
         names = list(found)
         means = torch.stack([found[n].float().mean() for n in names]).tolist()
         metrics = dict(zip(names, means, strict=True))
         if not all(math.isfinite(v) for v in means):
-            self._refuse(found, batch)
+            self._refuse(found, batch, knobs)
         self.updater.accept()
         mask = batch.mask
         target, value = batch.value_target[mask], batch.value_old[mask]
@@ -322,7 +328,7 @@ class OnPolicyAgent(Agent):
         metrics["n_updates"] = float((self.iteration + 1) * self.config.epochs)
         return metrics
 
-    def _refuse(self, found: dict[str, Tensor], batch: SequenceBatch) -> None:
+    def _refuse(self, found: dict[str, Tensor], batch: SequenceBatch, knobs: dict[str, Tensor]) -> None:
         first = {n: int((~v.isfinite()).nonzero()[0]) for n, v in found.items() if not v.isfinite().all()}
         # the earliest step, not the first name: after it everything is NaN
         name = min(first, key=lambda n: first[n])
@@ -330,10 +336,7 @@ class OnPolicyAgent(Agent):
         dump = None
         if self.run_dir is not None:
             dump = self.run_dir / "nan_update.safetensors"
-            tensors = {k: v for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-            if isinstance(batch.obs, dict):
-                tensors |= {f"obs/{k}": v for k, v in batch.obs.items()}
-            checkpoint.write(dump, tensors, {"kind": "update batch", "quantity": name, "optimiser_step": step})
+            replay.dump_update(dump, self, batch, knobs, {"quantity": name, "optimiser_step": step})
         raise NonFiniteUpdateError(name, self.steps, self.iteration, step, dump)
 
     def _progress_metrics(self) -> dict[str, float]:

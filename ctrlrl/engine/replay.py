@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from torch import Tensor
 
-from ctrlrl.engine import environments
+from ctrlrl.engine import checkpoint, environments
 from ctrlrl.engine.guard import FORMAT
-from ctrlrl.types import EnvSpec
+from ctrlrl.engine.seeding import generator
+from ctrlrl.types import EnvSpec, SequenceBatch
+
+if TYPE_CHECKING:
+    from ctrlrl.engine.on_policy import OnPolicyAgent
 
 
 class Replay(NamedTuple):
@@ -88,3 +95,45 @@ def _pick(obs: Any, n: int) -> Any:
     if isinstance(obs, dict):
         return {k: np.array(v[n]) for k, v in obs.items()}
     return {k: np.array(v) for k, v in obs[n].items()} if isinstance(obs[n], dict) else np.array(obs[n])
+
+
+# -- updates --------------------------------------------------------------------------------------
+
+
+def dump_update(
+    path: Path, agent: OnPolicyAgent, batch: SequenceBatch, knobs: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> None:
+    """Write what :func:`replay_update` needs: the agent before the update, the batch and the knobs."""
+    tensors = {f"agent/{k}": v for k, v in agent.tensors().items()} | {f"knobs/{k}": v for k, v in knobs.items()}
+    for name, value in batch._asdict().items():
+        if isinstance(value, Tensor):
+            tensors[f"batch/{name}"] = value
+        elif isinstance(value, dict):
+            tensors |= {f"batch/{name}/{k}": v for k, v in value.items()}
+    checkpoint.write(path, tensors, {**agent.identity(), **agent.counters(), **about})
+
+
+def replay_update(path: str | os.PathLike[str], agent: OnPolicyAgent) -> dict[str, Tensor]:
+    """Repeat the update of a ``nan_update.safetensors`` and return its metrics, one value per optimiser step.
+
+    Args:
+        path: As NonFiniteUpdateError names it.
+        agent: Built as the run's was (``ctrlrl.load(run)``); it is put into the state from before the update.
+    """
+    tensors, state = checkpoint.read(path, expect=agent.identity())
+    tensors = {k: v.to(agent.device) for k, v in tensors.items()}
+    agent.restore(_under("agent/", tensors), state)
+    fields: dict[str, Any] = {}
+    for name, value in _under("batch/", tensors).items():
+        field, _, key = name.partition("/")
+        if key:
+            fields.setdefault(field, {})[key] = value
+        else:
+            fields[field] = value
+    with environments.torch_threads(agent.config.threads):
+        shuffle = generator(agent.seed, "shuffle", agent.iteration)
+        return agent.updater.run(SequenceBatch(**fields), _under("knobs/", tensors), shuffle)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -200,12 +200,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def guard_target(folder: str | os.PathLike[str], allow: Iterable[str] = ()) -> None:
+def guard_target(folder: str | os.PathLike[str]) -> None:
     """Refuse to save into a folder that holds something else than a run.
 
     Args:
         folder: Need not exist.
-        allow: Names that may be there beside what ctrlrl writes itself.
 
     Raises:
         FileExistsError: With the names that stand in the way.
@@ -215,13 +214,17 @@ def guard_target(folder: str | os.PathLike[str], allow: Iterable[str] = ()) -> N
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file, expected a folder to save into; choose another name")
-    known = _KNOWN | set(allow) | {".DS_Store"}
-    foreign = sorted(p.name for p in target.iterdir() if p.name not in known and ".tmp-" not in p.name)
+    known = _KNOWN | {".DS_Store", "nan_update.safetensors"}
+    foreign = sorted(p.name for p in target.iterdir() if p.name not in known and not _ours(p.name))
     if (target / CONFIG).exists() and not is_run(target):
         foreign.insert(0, f"{CONFIG} (not written by ctrlrl)")
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         raise FileExistsError(f"{target} holds files that are not a run's: {shown}. Choose an empty or new folder")
+
+
+def _ours(name: str) -> bool:
+    return ".tmp-" in name or name.startswith("nonfinite-")
 
 
 def versions() -> dict[str, Any]:

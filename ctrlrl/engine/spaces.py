@@ -65,9 +65,6 @@ def space_from_json(data: Mapping[str, Any]) -> gym.Space:
     )
 
 
-spaces_signature = space_to_json
-
-
 def _bounds(array: np.ndarray) -> Any:
     flat = np.unique(array)
     if flat.size == 1:

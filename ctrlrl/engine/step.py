@@ -87,6 +87,7 @@ def make_step(
     """
     train_policy, train_value = phase != "value", phase != "policy"
     clock = 1 if phase == "value" else 0
+    tick = (torch.arange(2, device=flat.flat.device) == clock).to(flat.flat.dtype)
     mine: Tensor | None = None
     if phase != "joint":
         critics = flat.mask("critics.")
@@ -149,7 +150,7 @@ def make_step(
         metrics["grad_norm" if train_policy else "value_grad_norm"] = norm
         if config.max_grad_norm is not None:
             gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        stepped = _adam(state, gradient, knobs["learning_rate"], config.adam_eps, clock, mine)
+        stepped = _adam(state, gradient, knobs["learning_rate"], config.adam_eps, clock, tick, mine)
         if train_policy and config.target_kl is not None and "approx_kl" in metrics:
             alive = state.alive & (metrics["approx_kl"] <= 1.5 * config.target_kl)
             kept = [torch.where(alive, new, old) for new, old in zip(stepped[:4], state[:4], strict=True)]
@@ -170,11 +171,9 @@ def _value_error(batch: SequenceBatch, out: PolicyOutput, clip: float | None) ->
 
 
 def _adam(
-    state: OptState, gradient: Tensor, learning_rate: Tensor, eps: float, clock: int, mine: Tensor | None
+    state: OptState, gradient: Tensor, learning_rate: Tensor, eps: float, clock: int, tick: Tensor, mine: Tensor | None
 ) -> OptState:
     """Adam (Kingma and Ba 2015) with torch.optim.Adam's arithmetic, on the flat vector."""
-    tick = torch.zeros_like(state.clock)
-    tick[clock] = 1.0
     count = state.clock + tick
     t = count[clock]
     m = torch.lerp(state.m, gradient, 0.1)

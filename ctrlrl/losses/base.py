@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 from torch import Tensor
 
 from ctrlrl.core import advantage as adv
-from ctrlrl.core import penalty, ratio, reduce
+from ctrlrl.core import gate, penalty, ratio, reduce
 from ctrlrl.core.control import Controller
 from ctrlrl.types import PolicyOutput, SequenceBatch, check_types
 
@@ -136,9 +136,13 @@ class PolicyLoss:
         return {}
 
     def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
-        """[B, T] quantities worth logging, averaged over valid positions."""
+        """[B, T] quantities worth logging, averaged over valid positions. A field ``eps`` adds the share beyond it."""
         log_ratio = ratio.log_ratio(out.logp, batch.logp_old, batch.mask)
-        return {"approx_kl": penalty.kl_k3(log_ratio)}
+        found = {"approx_kl": penalty.kl_k3(log_ratio)}
+        eps = getattr(self, "eps", None)
+        if eps is not None:
+            found["clip_fraction"] = gate.clipped(ratio.ratio(log_ratio), eps, eps).to(log_ratio.dtype)
+        return found
 
 
 def standardised(batch: SequenceBatch) -> Tensor:
@@ -184,6 +188,19 @@ def get(name: str) -> type[PolicyLoss]:
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise KeyError(f"no loss named {name!r}.{hint} Known: {', '.join(known)}")
     return _REGISTRY[name]
+
+
+PROVIDED_BY_THE_LOOP: frozenset[Need] = frozenset({"values", "dist_old"})
+"""What the on-policy loop over environments puts into a batch."""
+
+
+def check_needs(loss: type[PolicyLoss]) -> None:
+    """Raise ``KeyError`` if the on-policy loop over environments cannot run ``loss``."""
+    missing = loss.needs - PROVIDED_BY_THE_LOOP
+    if missing:
+        raise KeyError(f"the loss {loss.__name__} needs {', '.join(sorted(missing))}, which the on-policy loop has not")
+    if "value" not in loss.critics:
+        raise KeyError(f"the loss {loss.__name__} has no critic 'value', which the on-policy loop needs for advantages")
 
 
 def _load(path: str) -> type[PolicyLoss]:

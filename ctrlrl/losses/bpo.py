@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ctrlrl.core import gate, head, ratio, weight
+from ctrlrl.core import head, ratio, weight
 from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
@@ -68,9 +68,4 @@ class BPO(PolicyLoss):
         return {"median": self.median_coef * temp * weight.median_dual(gap)}
 
     def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
-        r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
-        return {
-            **super().metrics(batch, out, knobs),
-            "clip_fraction": gate.clipped(r, self.eps, self.eps).to(r.dtype),
-            "target_excess": self.target(batch, out) - 1.0,
-        }
+        return {**super().metrics(batch, out, knobs), "target_excess": self.target(batch, out) - 1.0}

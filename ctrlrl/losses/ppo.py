@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ctrlrl.core import gate, head, ratio
+from ctrlrl.core import head, ratio
 from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register, standardised
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
@@ -35,8 +35,3 @@ class PPO(PolicyLoss):
         assert batch.coef is not None
         r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
         return -head.clipped_surrogate(r, batch.coef["advantage"], self.eps, self.eps)
-
-    def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
-        r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
-        outside = gate.clipped(r, self.eps, self.eps).to(r.dtype)
-        return {**super().metrics(batch, out, knobs), "clip_fraction": outside}

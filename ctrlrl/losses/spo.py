@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ctrlrl.core import gate, head, ratio, weight
+from ctrlrl.core import head, ratio, weight
 from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register, standardised
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
@@ -37,8 +37,3 @@ class SPO(PolicyLoss):
         advantage = batch.coef["advantage"]
         target = weight.sign_target(advantage, self.eps)
         return head.ratio_target(r, target, advantage.abs(), kind="l2") / (2.0 * self.eps)
-
-    def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
-        r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
-        outside = gate.clipped(r, self.eps, self.eps).to(r.dtype)
-        return {**super().metrics(batch, out, knobs), "clip_fraction": outside}

@@ -122,11 +122,8 @@ def _one_hot(x: Tensor, space: gym.Space) -> Tensor:
     if isinstance(space, gym.spaces.Discrete):
         return nn.functional.one_hot(x.long() - int(space.start), int(space.n)).float()
     if isinstance(space, gym.spaces.MultiDiscrete):
-        starts = torch.as_tensor(space.start.flatten(), device=x.device)
-        columns = (x.flatten(1).long() - starts).unbind(1)
-        return torch.cat(
-            [nn.functional.one_hot(c, int(n)) for c, n in zip(columns, space.nvec.flatten(), strict=True)], 1
-        ).float()
+        columns = zip(x.flatten(1).long().unbind(1), space.start.flatten(), space.nvec.flatten(), strict=True)
+        return torch.cat([nn.functional.one_hot(c - int(start), int(n)) for c, start, n in columns], 1).float()
     return x.flatten(1).float()
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -39,14 +39,17 @@ class Train:
     n_envs: int = 1
     """Environments side by side."""
     backend: Backend = "auto"
-    """sync (this process), async (one process each), envpool (C++ threads), or auto: envpool where it is installed
-    and has the environment, sync elsewhere."""
+    """sync (this process), async (one process each), envpool (C++ threads), or auto: envpool where it is installed,
+    is known to agree with Gymnasium on the environment and there are several of them (one is faster in this
+    process), sync elsewhere."""
     env_kwargs: str = "{}"
     """Keyword arguments of the environment, as JSON."""
     preset: str | None = None
     """Named settings of the method (ctrlrl list methods shows them); other flags override it."""
     root: Path = Path("runs")
     """Folder under which the run's folder is made."""
+    tags: Literal["sb3", "cleanrl", "rsl_rl"] = "sb3"
+    """Whose names TensorBoard and wandb show."""
     wandb: str | None = None
     """Also log to this Weights & Biases project (extra: ctrlrl[wandb])."""
     quiet: bool = False
@@ -146,9 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("stopped at once; ctrlrl train --resume RUN continues from the last checkpoint", 130)
     except expected as error:
+        if os.environ.get("CTRLRL_TRACEBACK"):
+            raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         notes = " ".join(getattr(error, "__notes__", []))
-        return _fail(f"{text} {notes}".strip(), 1)
+        # these may also come from a fault in an environment, a loss or here: say how to see where
+        where = " (CTRLRL_TRACEBACK=1 shows where)" if type(error) in (TypeError, KeyError, RuntimeError) else ""
+        return _fail(f"{text} {notes}".strip() + where, 1)
 
 
 def _train(words: list[str]) -> int:
@@ -173,7 +180,7 @@ def _train(words: list[str]) -> int:
         return _fail(f"--env-kwargs is {run.env_kwargs}, expected names and values: --env-kwargs '{{\"name\": 1}}'", 2)
     agent = cls(run.env, seed=run.seed, n_envs=run.n_envs, backend=run.backend, env_kwargs=env_kwargs, **settings)
     wandb = None if run.wandb is None else {"project": run.wandb}
-    agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb)
+    agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb, tags=run.tags)
     return _finish(agent)
 
 

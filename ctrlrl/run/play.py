@@ -74,6 +74,7 @@ def play(
             "this agent was built from a live environment, so there is nothing to build another from; "
             "build it from an id or an EnvSpec to play it"
         )
+    seed = derive(seed, "evaluate")  # the stream Agent.evaluate draws its episodes from
     if video is None:
         env = _build(agent.env_spec, "human" if _can_show(agent.env_spec) else None)
         with contextlib.closing(env):

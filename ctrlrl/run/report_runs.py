@@ -118,9 +118,17 @@ def _read(path: Path) -> Run:
     )
 
 
+_WITHOUT_EFFECT = frozenset(
+    {"total_steps", "env.threads"}
+    | {f"config.{n}" for n in ("device", "threads", "compile", "cudagraphs", "steps_per_graph", "micro_batches")}
+    | {f"config.{n}" for n in ("eval_every", "eval_episodes")}
+)
+"""Settings that say where or how a run was computed, not what: they differ between seeds of one experiment."""
+
+
 def _label(same: Sequence[Run]) -> None:
     """Runs of one method and environment with different settings are different groups, not seeds of one."""
-    names = [n for n in differences(same, [r.fields for r in same]) if n != "total_steps"]
+    names = [n for n in differences(same, [r.fields for r in same]) if n not in _WITHOUT_EFFECT]
     variants = sorted({tuple(run.fields.get(n, "\N{EN DASH}") for n in names) for run in same})
     for run in same:
         mine = tuple(run.fields.get(n, "\N{EN DASH}") for n in names)

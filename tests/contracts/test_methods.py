@@ -15,7 +15,7 @@ from ctrlrl.engine import checkpoint
 from ctrlrl.types import EnvSpec
 
 ON_POLICY = frozenset(
-    ["resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile", "cudagraphs"]
+    ["resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile"]
 )
 DECLARED = {
     "bpo": ON_POLICY,

@@ -377,3 +377,25 @@ def test_a_checkpoint_holds_all_there_is(saved):
 def test_no_episodes_are_refused(episodes):
     with pytest.raises(ValueError, match=f"episodes={episodes} must be at least 1"):
         make().evaluate(episodes)
+
+
+def test_a_run_is_not_overwritten_by_another(tmp_path):
+    first = api.make("ppo", "CartPole-v1", n_steps=16, batch_size=8, epochs=1, eval_every=None, backend="sync")
+    first.learn(16, run_dir=tmp_path / "run", progress=False)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    other = api.make("spo", "CartPole-v1", n_steps=16, batch_size=8, epochs=1, eval_every=None, backend="sync")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        other.learn(16, run_dir=tmp_path / "run", progress=False)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    first.learn(16, run_dir=tmp_path / "run", progress=False)  # its own run goes on
+
+
+def test_a_run_of_a_gpu_loads_without_one(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    agent = api.make("ppo", "CartPole-v1", backend="sync")
+    agent.save(tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    text = config.read_text().replace('"device": "cpu"', '"device": "cuda:1"')
+    config.write_text(text.replace('"cudagraphs": false', '"cudagraphs": true'))
+    assert api.load(tmp_path / "run").device.type == "cpu"

@@ -307,3 +307,19 @@ def test_observations_that_contradict_their_space(backend, name, found):
     with pytest.raises(ObservationError, match=f"{name}.*expected.*found {'.*' if found != 'float64' else ''}{found}"):
         collector.collect(gen())
     collector.close()
+
+
+class OldNames(gym.vector.SyncVectorEnv):
+    """A vector environment that resets within the step and keeps the last observation under another name."""
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, infos = super().step(actions)
+        if "final_obs" in infos:
+            infos["final_observation"] = infos.pop("final_obs")
+        return obs, reward, terminated, truncated, infos
+
+
+def test_a_truncation_without_its_last_observation_is_refused():
+    live = OldNames([lambda: envs.OnlyTruncates(length=3)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    with pytest.raises(ValueError, match="no 'final_obs'"):
+        Collector(live, NoisePolicy(), 5).collect(gen())

@@ -14,7 +14,7 @@ from ctrlrl import api
 from ctrlrl.engine import checkpoint
 from ctrlrl.engine.collector import border_seeds
 from ctrlrl.engine.errors import NonFiniteError, NonFiniteUpdateError
-from ctrlrl.engine.replay import replay
+from ctrlrl.engine.replay import replay, replay_update
 from ctrlrl.losses.base import PolicyLoss
 
 
@@ -123,6 +123,10 @@ def test_a_nan_in_the_update_keeps_the_last_good_parameters(where, what, tmp_pat
             assert torch.equal(kept[key], now[key]) and now[key].isfinite().all(), key
     assert np.isfinite(agent.predict(np.zeros(3, np.float32))[0]).all()
     tensors, state = checkpoint.read(error.dump)
-    assert tensors["obs"].shape[0] == 32 and {"action", "advantage", "logp_old"} <= set(tensors)
+    assert tensors["batch/obs"].shape[0] == 32 and {"batch/action", "knobs/learning_rate"} <= set(tensors)
     assert state["quantity"] == error.what
-    assert api.load(tmp_path / "run").steps == 0
+    again = api.load(tmp_path / "run")
+    assert again.steps == 0
+    metrics = replay_update(error.dump, again)
+    assert again.iteration == 2 and not metrics[error.what][0].isfinite()
+    assert torch.equal(again.updater.flat.flat, agent.updater.flat.flat)

@@ -89,15 +89,16 @@ def test_compiled_agrees_with_eager(name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
-def test_cuda_graph_agrees_with_eager(compile):
+@pytest.mark.parametrize("name", ["ppo", "bpo", "mdpo"])
+def test_cuda_graph_agrees_with_eager(name, compile):
     results = []
     for cudagraphs in (False, True):
-        config, loss = build(base.get("ppo"), {"batch_size": 32, "epochs": 2, "cudagraphs": cudagraphs})
-        _, reference, batch, knobs = make(batch_size=32, epochs=2)
+        config, loss = build(base.get(name), {"batch_size": 32, "epochs": 2, "cudagraphs": cudagraphs})
+        _, _, batch, knobs = make(name, batch_size=32, epochs=2)
         torch.manual_seed(0)
-        policy = ActorCritic(OBS, ACT).cuda()
+        policy = ActorCritic(OBS, ACT, critics=loss.critics).cuda()
         updater = Updater(policy, loss, config, compile and cudagraphs)
-        cuda = torch.utils._pytree.tree_map(lambda x: x.cuda(), (batch, knobs))
+        cuda = torch.utils._pytree.tree_map(lambda x: x.cuda() if isinstance(x, torch.Tensor) else x, (batch, knobs))
         run(updater, *cuda, times=2)
         results.append(updater.flat.flat.cpu())
     torch.testing.assert_close(results[0], results[1], atol=5e-6, rtol=0)

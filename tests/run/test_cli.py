@@ -118,7 +118,7 @@ def shown(value):
 
 @pytest.mark.parametrize("method", ["ppo", "mdpo", "bpo"])
 def test_train_help_shows_every_hyper_parameter_with_meaning_and_default(run, method, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # wider than this, tyro sets two columns
     status, out, _ = run("train", method, "--help")
     text = words_of(out)
     loss = losses.get(method)
@@ -146,7 +146,7 @@ def test_train_help_shows_every_hyper_parameter_with_meaning_and_default(run, me
 
 
 def test_help_names_the_paper(run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # wider than this, tyro sets two columns
     assert losses.get("bpo").paper in words_of(run("train", "bpo", "--help")[1])
 
 
@@ -184,7 +184,7 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_gets_a_short_answer_and_a_status(run, case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # wider than this, tyro sets two columns
     words, message = MISTAKES[case]
     status, out, err = run(*words)
     assert status not in (0, None)
@@ -271,7 +271,7 @@ def test_a_preset_is_under_the_flags(run, tmp_path):
 
 
 def test_the_help_of_a_preset_shows_its_defaults(run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # wider than this, tyro sets two columns
     text = words_of(run("train", "bpo", "--preset", "released", "--help")[1])
     assert re.search(r"--actor-hidden .*?default: 256 256", text)
 
