@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import torch
 
+from ctrlrl import names
 from ctrlrl.engine import config as configs
 from ctrlrl.engine import runfolder
 from ctrlrl.engine.on_policy import OnPolicyAgent
@@ -70,9 +70,7 @@ def get_method(name: str) -> type[OnPolicyAgent]:
         return type(loss.__name__, (OnPolicyAgent,), {"method": name, "__doc__": loss.__doc__})
     known = methods()
     if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise KeyError(f"no method named {name!r}.{hint} Known: {', '.join(sorted(known))}")
+        raise KeyError(f"no method named {name!r}.{names.hint(name, known)} Known: {', '.join(sorted(known))}")
     return known[name].agent
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from ctrlrl import names
 from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.nets.actor_critic import NetworkConfig
 from ctrlrl.types import check_types
@@ -141,9 +141,7 @@ def build(
                 break
         else:
             known = [n for group in groups for n in field_names(group)]
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"{loss_type.name} has no setting {name!r}.{hint}")
+            raise ConfigError(f"{loss_type.name} has no setting {name!r}.{names.hint(name, known)}")
     loop, network, loss = parts
     for name in ("actor_hidden", "critic_hidden"):
         if isinstance(network.get(name), list):

@@ -17,6 +17,7 @@ from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DependencyNotInstalled
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
+from ctrlrl import names
 from ctrlrl.engine import envpool
 from ctrlrl.engine.errors import UnknownEnvironment
 from ctrlrl.engine.spaces import check_observation, space_from_json, space_to_json
@@ -155,16 +156,8 @@ def build_env(spec: EnvSpec) -> gym.Env:
         command = f": pip install 'gymnasium[{extra}]'" if extra else ""
         raise DependencyNotInstalled(f"{spec.id} needs a package that is not installed{command} ({error})") from error
     for path, kwargs in spec.wrappers:
-        env = _load(path)(env, **kwargs)
+        env = names.load(path, "wrapper")(env, **kwargs)
     return env
-
-
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot load the wrapper {path!r} (expected 'package.module:Class'): {error}") from error
 
 
 class _Worker(gym.Wrapper):

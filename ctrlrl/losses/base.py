@@ -14,7 +14,6 @@ File name = registry key. Nothing outside this folder compares a loss's name.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 from ctrlrl.core import advantage as adv
 from ctrlrl.core import gate, penalty, ratio, reduce
 from ctrlrl.core.control import Controller
+from ctrlrl.names import hint, load
 from ctrlrl.types import PolicyOutput, SequenceBatch, check_types
 
 Knobs: TypeAlias = Mapping[str, Tensor]
@@ -184,9 +184,7 @@ def get(name: str) -> type[PolicyLoss]:
         return _load(name)
     known = names()
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise KeyError(f"no loss named {name!r}.{hint} Known: {', '.join(known)}")
+        raise KeyError(f"no loss named {name!r}.{hint(name, known)} Known: {', '.join(known)}")
     return _REGISTRY[name]
 
 
@@ -204,11 +202,10 @@ def check_needs(loss: type[PolicyLoss]) -> None:
 
 
 def _load(path: str) -> type[PolicyLoss]:
-    module, _, attribute = path.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise KeyError(f"cannot load the loss {path!r}: {error}") from error
+        cls = load(path, "loss")
+    except ValueError as error:
+        raise KeyError(str(error)) from error
     if not (isinstance(cls, type) and issubclass(cls, PolicyLoss) and dataclasses.is_dataclass(cls)):
         raise KeyError(f"{path!r} is not a dataclass deriving from ctrlrl.losses.base.PolicyLoss")
     if "name" not in cls.__dict__:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctrlrl import names
 from ctrlrl.nets.cnn import NatureCNN
 from ctrlrl.nets.heads import ActionHead, action_head
 from ctrlrl.nets.mlp import ACTIVATIONS, mlp, orthogonal
@@ -165,7 +165,7 @@ class ActorCritic(nn.Module):
         network = network or NetworkConfig()
         self.observation_space, self.action_space = observation_space, action_space
         self.preprocess = Preprocess(observation_space, normalize_obs, clip_obs)
-        build = encoder or (None if network.encoder is None else load_encoder(network.encoder))
+        build = encoder or (None if network.encoder is None else names.load(network.encoder, "encoder"))
         self.encoder = build(observation_space) if build else Encoder(self.preprocess, network.image_features)
         self.plain_encoder = build is None
         features = int(self.encoder.out_features)  # type: ignore[arg-type]
@@ -262,19 +262,10 @@ class ActorCritic(nn.Module):
         return obs.flatten(0, lead - 1)
 
 
-def load_encoder(path: str) -> Callable[..., nn.Module]:
-    """The class named by ``package.module:Class``."""
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot load the encoder {path!r} (expected 'package.module:Class'): {error}") from error
-
-
 def encoder_path(encoder: Any) -> str | None:
     """``package.module:Class`` of an encoder class; None where another process could not import it by that."""
     path = f"{getattr(encoder, '__module__', '')}:{getattr(encoder, '__qualname__', '')}"
     try:
-        return path if load_encoder(path) is encoder and not path.startswith("__main__") else None
+        return path if names.load(path, "encoder") is encoder and not path.startswith("__main__") else None
     except ValueError:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from ctrlrl import names
 from ctrlrl.types import Backend
 
 VERBS = {
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # so that mylosses:MyLoss is found here, as python -m ctrlrl finds it
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        return _fail(f"no verb {verb!r}.{_near(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
+        return _fail(f"no verb {verb!r}.{names.hint(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
     import gymnasium as gym
 
     from ctrlrl.engine.hooks import Interrupted
@@ -311,7 +311,8 @@ def _list(words: list[str]) -> int:
         print(f"usage: ctrlrl list {'|'.join(kinds)}")
         return 0
     if words[0] not in kinds:
-        return _fail(f"nothing is listed under {words[0]!r}.{_near(words[0], kinds)} Expected {', '.join(kinds)}", 2)
+        hint = names.hint(words[0], kinds)
+        return _fail(f"nothing is listed under {words[0]!r}.{hint} Expected {', '.join(kinds)}", 2)
     table = Table(box=None, pad_edge=False)
     if words[0] == "envs":
         from ctrlrl.engine.environments import listed
@@ -329,11 +330,6 @@ def _list(words: list[str]) -> int:
             table.add_row(name, loss.paper, ", ".join(loss.presets if words[0] == "methods" else sorted(loss.needs)))
     Console().print(table)
     return 0
-
-
-def _near(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _fail(message: str, status: int) -> int:
