@@ -99,6 +99,9 @@ def test_a_wrapper_that_does_not_exist():
 
 def test_auto_takes_envpool_only_for_what_agrees(monkeypatch):
     monkeypatch.setattr(envpool, "ids", lambda: frozenset({"Hopper-v5", "Pusher-v4", "FrozenLake-v1"}))
+    monkeypatch.setattr(envpool, "same_physics", lambda: False)
+    assert resolve("Hopper-v5", n_envs=8).backend == "sync", "an older MuJoCo computes otherwise than EnvPool's"
+    monkeypatch.setattr(envpool, "same_physics", lambda: True)
     assert resolve("Hopper-v5", n_envs=8).backend == "envpool"
     assert resolve("Hopper-v5").backend == "sync", "one environment is faster in this process"
     assert resolve("Hopper-v5", n_envs=8, env_kwargs={"ctrl_cost_weight": 0.5}).backend == "sync"
