@@ -219,15 +219,6 @@ class RolloutStorage:
         """Store the actions [N, ...] of step ``t``."""
         self._actions[t].copy_(action)
 
-    def write(
-        self, t: int, obs: Any, action: Tensor, reward: Any, terminated: Any, truncated: Any, next_obs: Any
-    ) -> None:
-        """Store one whole transition of every environment; arrays are [N, ...]."""
-        self.write_obs(t, obs)
-        self.write_action(t, action)
-        self.reward[t], self.terminated[t], self.truncated[t] = reward, terminated, truncated
-        self.write_obs(t + 1, next_obs)
-
     def obs(self, start: int = 0, stop: int | None = None) -> Obs:
         """Observations of rows ``start`` to ``stop`` [rows, N, ...]; row ``n_steps`` follows the last step."""
         if self._parts is None:

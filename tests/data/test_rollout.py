@@ -88,7 +88,10 @@ def test_storage():
     s = RolloutStorage(space, (1,), torch.float32, 2, 3)
     rows = [{"a": np.full((3, 2), k + 0.1), "i": np.full((3, 3), k, np.uint8)} for k in range(3)]
     for t in range(2):
-        s.write(t, rows[t], torch.full((3, 1), float(t)), [t] * 3, [False] * 3, [True] * 3, rows[t + 1])
+        s.write_obs(t, rows[t])
+        s.write_action(t, torch.full((3, 1), float(t)))
+        s.reward[t], s.truncated[t] = t, True
+    s.write_obs(2, rows[2])
     assert s.obs(0, 2)["a"].dtype == torch.float32 and s.obs(0, 2)["a"].shape == (2, 3, 2)
     assert s.obs()["i"][2].eq(2).all() and s.action[1].eq(1).all() and s.truncated.all()
     assert s.reward.dtype == np.float64
