@@ -13,6 +13,7 @@ from ctrlrl import names
 from ctrlrl.engine import config as configs
 from ctrlrl.engine import runfolder
 from ctrlrl.engine.on_policy import OnPolicyAgent
+from ctrlrl.engine.world import capabilities
 from ctrlrl.losses import base as losses
 from ctrlrl.types import EnvSpec
 
@@ -29,13 +30,13 @@ class Method(NamedTuple):
 
 @functools.cache
 def agent_classes() -> dict[str, type[OnPolicyAgent]]:
-    """Agent classes by class name (PPO, BPO, ...), one for each loss the on-policy loop can run."""
+    """Agent classes by class name (PPO, BPO, ...), one for each loss."""
     classes: dict[str, type[OnPolicyAgent]] = {}
     for name in losses.names():
         loss = losses.get(name)
-        if loss.needs <= losses.PROVIDED_BY_THE_LOOP:
-            document = f"On-policy agent with the {name} loss. {loss.__doc__}\n\nPaper: {loss.paper}"
-            classes[loss.__name__] = type(loss.__name__, (OnPolicyAgent,), {"method": name, "__doc__": document})
+        document = f"On-policy agent with the {name} loss. {loss.__doc__}\n\nPaper: {loss.paper}"
+        members = {"method": name, "__doc__": document, "capabilities": capabilities(loss)}
+        classes[loss.__name__] = type(loss.__name__, (OnPolicyAgent,), members)
     return classes
 
 
@@ -67,7 +68,8 @@ def get_method(name: str) -> type[OnPolicyAgent]:
     """
     if ":" in name:
         loss = losses.get(name)
-        return type(loss.__name__, (OnPolicyAgent,), {"method": name, "__doc__": loss.__doc__})
+        members = {"method": name, "__doc__": loss.__doc__, "capabilities": capabilities(loss)}
+        return type(loss.__name__, (OnPolicyAgent,), members)
     known = methods()
     if name not in known:
         raise KeyError(f"no method named {name!r}.{names.hint(name, known)} Known: {', '.join(sorted(known))}")
@@ -113,7 +115,7 @@ def load(
         wrappers = tuple((path, dict(kwargs)) for path, kwargs in spec["wrappers"])
         env = EnvSpec(**{**spec, "wrappers": wrappers})
     settings = dict(document["config"])
-    settings |= settings.pop("network")
+    settings |= settings.pop("network") | settings.pop("episodes")
     if encoder is not None:
         settings["encoder"] = encoder
     if device is not None:

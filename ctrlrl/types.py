@@ -29,6 +29,14 @@ Obs: TypeAlias = Tensor | dict[str, Tensor]
 Backend: TypeAlias = Literal["auto", "sync", "async", "envpool"]
 
 
+World: TypeAlias = Literal["tokens", "discrete", "continuous", "flow"]
+"""What a policy acts in: token sequences, Discrete or MultiDiscrete actions, Box actions, Box actions by denoising."""
+
+ON_POLICY, TEMPERED, RETRIED, DEMONSTRATION, REPLAYED = range(5)
+"""Values of ``SequenceBatch.source``: sampled as is, at another temperature, from a prefix of another sequence,
+given by an expert, or kept from an earlier iteration."""
+
+
 class SequenceBatch(NamedTuple):
     """What every policy-optimisation loss sees: ``B`` sequences of ``T`` positions.
 
@@ -68,6 +76,28 @@ class SequenceBatch(NamedTuple):
     """[B] int: task of the sequence."""
     turn: Tensor | None = None
     """[B, T] int: turn (option, action chunk) of each position, -1 where there is none."""
+    entropy_old: Tensor | None = None
+    """[B, T] entropy of the collecting policy."""
+    dist_ref: dict[str, Tensor] | None = None
+    """Parameters of the reference policy's (or teacher's) action distribution, each [B, T, ...]."""
+    score: Tensor | None = None
+    """[B] outcome mapped to [0, 1]: the verifier's reward, or the return between its known or running bounds."""
+    success: Tensor | None = None
+    """[B] bool: the sequence solved its task."""
+    rewards: Tensor | None = None
+    """[B, K] outcome by reward channel."""
+    answer: Tensor | None = None
+    """[B] int id of the final answer or terminal outcome; equal ids agree."""
+    preference: Tensor | None = None
+    """[B] int: +1 the chosen and -1 the rejected sequence of its group, 0 neither."""
+    source: Tensor | None = None
+    """[B] int: where the row comes from, see ``ON_POLICY`` and its neighbours; None means all on-policy."""
+    pivot: Tensor | None = None
+    """[B] int: first position that a retried sequence did not take over; 0 where nothing was retried."""
+    void: Tensor | None = None
+    """[B, T] bool: position of a turn that did nothing."""
+    support: Tensor | None = None
+    """[B, T, K] bool: actions that were allowed when the sequence was sampled."""
 
 
 class PolicyOutput(NamedTuple):

@@ -8,6 +8,7 @@ KL(old || new). To estimate KL(new || other) from samples of *new*, pass the log
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -87,6 +88,31 @@ def categorical_kl(logits: Tensor, other_logits: Tensor) -> Tensor:
     log_p, log_q = logits.log_softmax(-1), other_logits.log_softmax(-1)
     zero = torch.zeros_like(log_p)
     return (log_p.exp() * (torch.where(exists, log_p, zero) - torch.where(exists, log_q, zero))).sum(-1)
+
+
+def kl_between(params: Mapping[str, Tensor], other: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """KL(self || other) of two policies known by their parameters, as ``Distribution.params`` gives them.
+
+    Either may carry the gradient, so this is also KL(reference || policy). Logits are taken as they are, normalised
+    in blocks: where an action is several choices, their divergences add up. Masked positions give 0 and no gradient,
+    whatever the parameters hold there.
+
+    ======  ======  =======================================================================
+    params          of self, each [B, T, ...]: ``logits``, or ``mean`` and ``log_std``
+    other           the same of the other policy
+    mask    [B, T]  bool, True where valid
+    return  [B, T]  nats
+    ======  ======  =======================================================================
+    """
+    valid = mask.unsqueeze(-1)
+    p, q = ({k: torch.where(valid, v, torch.zeros_like(v)) for k, v in d.items()} for d in (params, other))
+    if "mean" in p:
+        return gaussian_kl(p["mean"], p["log_std"], q["mean"], q["log_std"])
+    log_p, log_q = p["logits"], q["logits"]
+    exists = log_p > -torch.inf
+    zero = torch.zeros_like(log_p)
+    difference = torch.where(exists, log_p, zero) - torch.where(exists, log_q, zero)
+    return (torch.exp(log_p) * difference).sum(-1)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:

@@ -45,6 +45,16 @@ class Collected(NamedTuple):
     """Seconds spent inside the environments."""
     group: Tensor | None = None
     """[N] int64 group of each episode, from ``collect_groups``."""
+    free_t: Tensor | None = None
+    """[T, N] bool: False where the action was prescribed (see ``Draw.forced``); None means all free."""
+    logp_behaviour: Tensor | None = None
+    """[T, N] log-probabilities as the sampler computed them, where asked for."""
+    support: Tensor | None = None
+    """[T, N, K] bool: actions that were allowed, where they were restricted."""
+    success: Tensor | None = None
+    """[N] bool: what the environment said of the episode at its end (``is_success`` or ``success``)."""
+    rewards: Tensor | None = None
+    """[N, K] float32: the outcome by channel, where the environment gives ``rewards`` at the end."""
 
     def rollout(self, **estimates: Any) -> Rollout:
         """This data with the caller's estimates (logp_old, value, value_t, advantage, value_target, dist_old)."""

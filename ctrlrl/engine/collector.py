@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from ctrlrl.data.rollout import RolloutStorage
 from ctrlrl.engine import environments, envpool, guard
 from ctrlrl.engine.collected import Collected, assemble, copy_obs, keep_finals, next_values, row_of
-from ctrlrl.engine.groups import run_groups
+from ctrlrl.engine.groups import Draw, run_groups
 from ctrlrl.engine.spaces import check_observation
 from ctrlrl.engine.sync import LeanSyncVectorEnv
 from ctrlrl.types import EnvSpec, Obs
@@ -245,9 +246,7 @@ class Collector:
     ) -> Collected:
         """Run ``n_groups * group_size`` whole episodes; those of a group start from the same reset seed.
 
-        Column ``g * group_size + i`` is episode ``i`` of group ``g``; ``T`` is the longest episode, and ``valid_t``
-        is False after an episode's end. The environments are others than those of :meth:`collect` (a live one
-        is shared, and the next ``collect`` begins at border 0 again).
+        Column ``g * group_size + i`` is episode ``i`` of group ``g``; see :meth:`collect_episodes`.
 
         Args:
             n_groups: Groups.
@@ -255,11 +254,43 @@ class Collector:
             seeds: One reset seed per group.
             max_steps: Episodes longer than this are truncated; by default the environment's registered limit.
             generator: Of the policy's noise; a new one from the collector's seed by default.
+        """
+        if n_groups < 1 or group_size < 1:
+            raise ValueError(f"n_groups and group_size must each be at least 1, found {n_groups}, {group_size}")
+        if len(seeds) != n_groups:
+            raise ValueError(f"found {len(seeds)} seeds for {n_groups} groups; every group needs one")
+        group = torch.arange(n_groups).repeat_interleave(group_size)
+        return self.collect_episodes([int(seeds[g]) for g in group], group, max_steps, generator)
+
+    def collect_episodes(
+        self,
+        seeds: Sequence[int],
+        group: Tensor,
+        max_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        draw: Draw | None = None,
+    ) -> Collected:
+        """Run one whole episode from each reset seed.
+
+        Column ``i`` is the episode of ``seeds[i]``; ``T`` is the longest episode, and ``valid_t`` is False after an
+        episode's end. The environments are others than those of :meth:`collect` (a live one is shared, and the next
+        ``collect`` begins at border 0 again): in this process up to 32 side by side, or ``n_envs`` if that is more.
+
+        Args:
+            seeds: Reset seeds; equal ones give equal starts.
+            group: [B] int64 group of each episode, handed through.
+            max_steps: Episodes longer than this are truncated; by default the environment's registered limit.
+            generator: Of the policy's noise; a new one from the collector's seed by default.
+            draw: Temperature, support, prescribed actions.
 
         Raises:
             ValueError: EnvPool, a live environment whose autoreset is not disabled, or no limit at all.
             NonFiniteError: As in :meth:`collect`.
         """
+        if max_steps is None:
+            max_steps = self.horizon()
+        if max_steps < 1:
+            raise ValueError(f"max_steps={max_steps} must be at least 1")
         if self.spec is not None and self.spec.backend == "envpool":
             raise ValueError(f"{self.spec.id}: groups need reset(seed=...), which EnvPool ignores; use backend='sync'")
         if self._live is not None:
@@ -271,20 +302,29 @@ class Collector:
             self._groups, self._obs = self._live, None
         elif self._groups is None:
             assert self.spec is not None
-            self._groups = environments.make_vector(self.spec, autoreset="disabled", copy=False)
-        if max_steps is None:
-            max_steps = None if self.spec is None else envpool.step_limit(self.spec.id.rpartition(":")[2])
-        if max_steps is None:
-            raise ValueError("these episodes have no registered limit; give max_steps")
+            width = self.spec.n_envs if self.spec.backend == "async" else max(self.spec.n_envs, min(len(seeds), 32))
+            wide = dataclasses.replace(self.spec, n_envs=width)
+            self._groups = environments.make_vector(wide, autoreset="disabled", copy=False, keep_infos=True)
         if self._params is not None:
             environments.set_params(self._groups, self._params)
         if generator is None:
             generator = torch.Generator().manual_seed(self.seed)
         assert self._groups is not None
         return run_groups(
-            self._groups, self.policy, n_groups, group_size, seeds, max_steps, generator, self.device,
-            guard.History(self.spec, [], self.dump_dir), self._params,
+            self._groups, self.policy, seeds, group, max_steps, generator, self.device,
+            guard.History(self.spec, [], self.dump_dir), self._params, draw,
         )  # fmt: skip
+
+    def horizon(self) -> int:
+        """The environment's registered limit of steps.
+
+        Raises:
+            ValueError: It has none.
+        """
+        limit = None if self.spec is None else envpool.step_limit(self.spec.id.rpartition(":")[2])
+        if limit is None:
+            raise ValueError("these episodes have no registered limit; give max_steps (on the command line --horizon)")
+        return limit
 
     def close(self) -> None:
         """Close the environments that were built here; a live one is the caller's."""

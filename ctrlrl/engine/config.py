@@ -20,13 +20,66 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class EpisodesConfig:
+    """How whole episodes are drawn, for losses that compare them and for token sequences."""
+
+    n_groups: int = 16
+    """Groups of episodes per iteration; those of a group start from the same reset seed (prompt)."""
+    group_size: int = 8
+    """Episodes per group."""
+    seed_pool: int | None = None
+    """Number of reset seeds to return to; None takes new ones in every iteration."""
+    horizon: int | None = None
+    """Longest episode, in steps; None is the environment's own limit."""
+    success_return: float | None = None
+    """Return from which an episode counts as solved, where the environment does not say; None: above its group's
+    mean."""
+    reference: str | None = None
+    """Run whose policy is the reference (or the teacher); None is this policy as it starts."""
+    tempered_share: float = 0.25
+    """Share of the groups that is sampled again at another temperature, for losses that ask for it."""
+    replay_rows: int = 2048
+    """Most episodes kept from earlier iterations, for losses that use them."""
+    replay_age: int = 10
+    """Iterations after which a kept episode is dropped."""
+    behaviour_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the sampler computes, for losses that correct for it."""
+    kl_reward_coef: float = 0.0
+    """Weight of log(policy / reference) taken off each reward before advantages along time."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("n_groups", "group_size", "seed_pool", "horizon", "replay_rows", "replay_age"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not 0.0 < self.tempered_share <= 1.0:
+            raise ValueError(f"tempered_share={self.tempered_share} must lie in (0, 1]")
+        if not self.kl_reward_coef >= 0.0:
+            raise ValueError(f"kl_reward_coef={self.kl_reward_coef} must not be negative")
+        if self.behaviour_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"behaviour_dtype={self.behaviour_dtype!r}: expected float32, bfloat16 or float16")
+
+
+EPISODE_DEFAULTS: dict[str, Any] = {
+    "batch_size": 64,
+    "epochs": 2,
+    "learning_rate": 1e-3,
+    "normalize_reward": False,
+}
+"""What differs from OnPolicyConfig's defaults where rows are whole episodes."""
+TOKEN_DEFAULTS: dict[str, Any] = {**EPISODE_DEFAULTS, "gamma": 1.0, "gae_lambda": 1.0, "normalize_obs": False}
+"""The same for token sequences."""
+
+
+@dataclass(frozen=True)
 class OnPolicyConfig:
     """Collect, estimate, update: everything but the loss."""
 
     n_steps: int = 2048
-    """Steps per environment and iteration."""
+    """Steps per environment and iteration, where single transitions are collected."""
     batch_size: int | None = 64
-    """Rows per optimiser step; None takes the whole rollout."""
+    """Rows (transitions, or whole episodes) per optimiser step; None takes all."""
     epochs: int = 10
     """Passes over each rollout."""
     learning_rate: float = 3e-4
@@ -64,6 +117,8 @@ class OnPolicyConfig:
     """Bound on normalised rewards."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """Shape of the policy network."""
+    episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
+    """How whole episodes are drawn."""
     checkpoint_every: int = 50_000
     """Environment steps between checkpoints, rounded up to whole iterations and at least ten of them. The
     environments are recreated at each, which is what makes a resumed run equal to an uninterrupted one."""
@@ -71,6 +126,9 @@ class OnPolicyConfig:
     """Environment steps between evaluations; None never evaluates."""
     eval_episodes: int = 10
     """Deterministic episodes per evaluation."""
+    diagnose_every: int | None = 10
+    """Iterations between diagnoses of the update (``diagnose/...`` in the logs, entropy to gradient weights); None
+    never diagnoses. Training is the same with and without."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
     threads: int | None = None
@@ -91,7 +149,8 @@ class OnPolicyConfig:
             raise ConfigError(str(error)) from None
         positive = (
             "n_steps batch_size epochs value_epochs value_batch_size value_clip max_grad_norm target_kl adam_eps "
-            "clip_obs clip_reward checkpoint_every eval_every eval_episodes threads steps_per_graph micro_batches"
+            "clip_obs clip_reward checkpoint_every eval_every eval_episodes diagnose_every threads steps_per_graph "
+            "micro_batches"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -115,23 +174,26 @@ def field_names(cls: type) -> list[str]:
 
 
 def build(
-    loss_type: type[PolicyLoss], settings: Mapping[str, Any], preset: str | None = None
+    loss_type: type[PolicyLoss],
+    settings: Mapping[str, Any],
+    preset: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[OnPolicyConfig, PolicyLoss]:
-    """Sort flat ``settings`` into the loop's, the network's and the loss's fields, over the method's defaults.
+    """Sort flat ``settings`` into the loop's, the network's, the episodes' and the loss's fields.
 
-    Later wins: defaults of the loop, of the method, of the preset, then ``settings``. Unknown names raise
-    :class:`ConfigError` with the nearest known ones.
+    Later wins: the fields' own defaults, ``defaults`` of the kind of rows, then of the method, of the preset, then
+    ``settings``. Unknown names raise :class:`ConfigError` with the nearest known ones.
     """
-    merged: dict[str, Any] = dict(loss_type.loop_defaults)
+    merged: dict[str, Any] = {**(defaults or {}), **loss_type.loop_defaults}
     if preset is not None:
         if preset not in loss_type.presets:
             known = ", ".join(loss_type.presets) or "none"
             raise ConfigError(f"{loss_type.name} has no preset {preset!r}; known: {known}")
         merged |= loss_type.presets[preset]
     merged |= settings
-    groups: list[type] = [OnPolicyConfig, NetworkConfig, loss_type]
-    parts: list[dict[str, Any]] = [{}, {}, {}]
-    taken = set(field_names(loss_type)) & {n for group in groups[:2] for n in field_names(group)}
+    groups: list[type] = [OnPolicyConfig, NetworkConfig, EpisodesConfig, loss_type]
+    parts: list[dict[str, Any]] = [{} for _ in groups]
+    taken = set(field_names(loss_type)) & {n for group in groups[:3] for n in field_names(group)}
     if taken:
         raise ConfigError(f"{loss_type.name} names its field {', '.join(sorted(taken))} like a setting of the loop")
     for name, value in merged.items():
@@ -142,13 +204,15 @@ def build(
         else:
             known = [n for group in groups for n in field_names(group)]
             raise ConfigError(f"{loss_type.name} has no setting {name!r}.{names.hint(name, known)}")
-    loop, network, loss = parts
+    loop, network, episodes, loss = parts
     for name in ("actor_hidden", "critic_hidden"):
         if isinstance(network.get(name), list):
             network[name] = tuple(network[name])
     if network:
         loop["network"] = dataclasses.replace(loop.get("network", NetworkConfig()), **network)
     try:
+        if episodes:
+            loop["episodes"] = dataclasses.replace(loop.get("episodes", EpisodesConfig()), **episodes)
         return OnPolicyConfig(**loop), loss_type(**loss)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{loss_type.name}: {error}") from error
@@ -160,7 +224,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-    """The inverse of :func:`to_dict`, for flat dataclasses and those with a ``network``."""
+    """The inverse of :func:`to_dict`, for flat dataclasses and those with ``network`` and ``episodes``."""
     known = field_names(cls)
     unknown = sorted(set(data) - set(known))
     if unknown:
@@ -171,4 +235,6 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
         for name in ("actor_hidden", "critic_hidden"):
             network[name] = tuple(network[name])
         values["network"] = NetworkConfig(**network)
+    if isinstance(values.get("episodes"), Mapping):
+        values["episodes"] = EpisodesConfig(**values["episodes"])
     return cls(**values)

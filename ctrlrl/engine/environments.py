@@ -257,18 +257,27 @@ def width(env: EnvSpec | Live) -> int:
     return env.num_envs if isinstance(env, gym.vector.VectorEnv) else 1
 
 
+def describe(env: EnvSpec | Live) -> tuple[gym.Space, gym.Space, dict[str, Any] | None]:
+    """Observation space and action space of one environment, and what it says of its tokens (``metadata["tokens"]``,
+    None where it is none of token sequences); a spec is built for a moment."""
+    if not isinstance(env, EnvSpec):
+        tokens = (env.metadata or {}).get("tokens")
+        return *spaces(env), None if tokens is None else dict(tokens)
+    env = concrete(env)
+    probe = envpool.EnvPoolVector(dataclasses.replace(env, n_envs=1)) if env.backend == "envpool" else build_env(env)
+    try:
+        return describe(probe)
+    finally:
+        probe.close()
+
+
 def spaces(env: EnvSpec | Live) -> tuple[gym.Space, gym.Space]:
     """Observation and action space of one environment; a spec is built for a moment."""
     if isinstance(env, gym.vector.VectorEnv):
         return env.single_observation_space, env.single_action_space
     if isinstance(env, gym.Env):
         return env.observation_space, env.action_space
-    env = concrete(env)
-    probe = envpool.EnvPoolVector(dataclasses.replace(env, n_envs=1)) if env.backend == "envpool" else build_env(env)
-    try:
-        return spaces(probe)
-    finally:
-        probe.close()
+    return describe(env)[:2]
 
 
 def spec_of(env: Live) -> EnvSpec | None:
@@ -285,6 +294,21 @@ def spec_of(env: Live) -> EnvSpec | None:
     if any(arguments is None for _, arguments in wrappers):
         return None
     return EnvSpec(found.id, kwargs, tuple((path, dict(arguments or {})) for path, arguments in wrappers), 1, "sync")
+
+
+def make_native(spec: EnvSpec, n_envs: int) -> gym.vector.VectorEnv:
+    """``n_envs`` environments of ``spec`` in the environment's own vector form, with autoreset disabled.
+
+    Raises:
+        ValueError: It has none, or the spec has wrappers, which are for single environments.
+    """
+    spec = concrete(spec)
+    registered = gym.registry[spec.id.rpartition(":")[2]]
+    if registered.vector_entry_point is None:
+        raise ValueError(f"{spec.id} has no vector form (vector_entry_point)")
+    if spec.wrappers:
+        raise ValueError(f"{spec.id}: wrappers cannot be applied to the vector form of token environments")
+    return gym.make_vec(spec.id, num_envs=n_envs, vectorization_mode="vector_entry_point", **spec.kwargs)
 
 
 def set_params(env: gym.vector.VectorEnv, params: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:

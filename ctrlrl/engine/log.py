@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ctrlrl.engine.checkpoint import atomic_path
 from ctrlrl.engine.runfolder import EVALUATIONS, METRICS, TENSORBOARD, plain, read_lines
@@ -55,6 +55,15 @@ _RENAMED: dict[str, dict[str, str]] = {
     },
 }
 _RESERVED = ("step", "time_s", "returns", "lengths")
+
+
+class Histogram(NamedTuple):
+    """Counts in fixed bins."""
+
+    edges: Sequence[float]
+    """[E] rising borders between the bins, two at least."""
+    counts: Sequence[int]
+    """[E + 1] the first below the first border, the last from the last border on."""
 
 
 class RunLogger:
@@ -107,11 +116,14 @@ class RunLogger:
         """Seconds of wall-clock since the run began, without the time between a stop and a resume."""
         return time.monotonic() - self._start
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Histogram] | None = None) -> None:
         """Record ``scalars`` (tag to number) at environment step ``step``; NaN is kept as null.
 
+        Of ``histograms`` the record keeps the list of counts, under the tag; TensorBoard draws them.
+
         Raises:
-            ValueError: A tag that the record uses itself, or a value that is not one number.
+            ValueError: A tag that the record uses itself, a value that is not one number, or counts that do not
+                fit their borders.
         """
         row: dict[str, Any] = {"step": int(step), "time_s": round(self.time_s, 3)}
         for tag, value in scalars.items():
@@ -121,11 +133,20 @@ class RunLogger:
                 row[tag] = float(value)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{tag} is {value!r}, expected one number; reduce it before logging") from error
+        for tag, (edges, counts) in (histograms or {}).items():
+            if tag in row or tag in _RESERVED:
+                raise ValueError(f"the tag {tag!r} is taken; give the histogram another name")
+            if len(edges) < 2 or len(counts) != len(edges) + 1:
+                raise ValueError(f"{tag} has {len(edges)} borders and {len(counts)} counts; expected one count more")
+            row[tag] = [int(n) for n in counts]
         _append(self._metrics, row)
         named = {self._names.get(tag, tag): float(value) for tag, value in scalars.items()}
         if self._writer is not None:
             for tag, value in named.items():
                 self._writer.add_scalar(tag, value, int(step))
+            for tag, histogram in (histograms or {}).items():
+                if any(histogram.counts):
+                    self._writer.add_histogram_raw(tag, **_raw(histogram), global_step=int(step))
         if self._wandb is not None:
             self._wandb.log({**named, "global_step": int(step)})
 
@@ -190,6 +211,24 @@ def _append(file: IO[str], row: dict[str, Any]) -> None:
     """One write per line, handed to the system at once: a killed run loses at most the line in hand."""
     file.write(json.dumps(plain(row), allow_nan=False) + "\n")
     file.flush()
+
+
+def _raw(histogram: Histogram) -> dict[str, Any]:
+    """``histogram`` as TensorBoard wants it, each count taken to lie in the middle of its bin."""
+    edges, counts = [float(e) for e in histogram.edges], histogram.counts
+    # it has no open bins: the outer ones get the width of their neighbours
+    limits = [2 * edges[0] - edges[1], *edges, 2 * edges[-1] - edges[-2]]
+    bins = [(low, high, n) for low, high, n in zip(limits, limits[1:], counts, strict=False)]
+    held = [(low, high) for low, high, n in bins if n]
+    return {
+        "min": held[0][0],
+        "max": held[-1][1],
+        "num": sum(counts),
+        "sum": sum(n * (low + high) / 2 for low, high, n in bins),
+        "sum_squares": sum(n * ((low + high) / 2) ** 2 for low, high, n in bins),
+        "bucket_limits": limits[1:],
+        "bucket_counts": list(counts),
+    }
 
 
 def _trim(file: Path, resume_step: int | None) -> float:

@@ -18,22 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.engine import checkpoint, devices, environments, hooks, replay, runfolder
+from ctrlrl.engine import checkpoint, devices, diagnose, environments, hooks, replay, runfolder
 from ctrlrl.engine.agent import Agent, load_module
 from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import build, to_dict
 from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
-from ctrlrl.engine.estimate import estimate
+from ctrlrl.engine.feeds import make_feed, make_reference
 from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.log import Progress, RunLogger, Tags
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.update import Updater
+from ctrlrl.engine.world import Policy, build_policy, check_world, defaults, whole_episodes, world_of
 from ctrlrl.losses import base as losses
-from ctrlrl.nets.actor_critic import ActorCritic, encoder_path
+from ctrlrl.nets.actor_critic import encoder_path
 from ctrlrl.nets.normalizer import RewardNormalizer
 from ctrlrl.types import Backend, EnvSpec, SequenceBatch
 
 logger = logging.getLogger("ctrlrl")
+
 
 class OnPolicyAgent(Agent):
     """An agent trained by the on-policy loop with one policy loss.
@@ -51,7 +53,7 @@ class OnPolicyAgent(Agent):
     """
 
     method = ""
-    policy: ActorCritic
+    policy: Policy
     capabilities: ClassVar[frozenset[str]] = frozenset(
         ["resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile"]
     )
@@ -75,26 +77,27 @@ class OnPolicyAgent(Agent):
             # by name where it has one, so that the run can be loaded without passing it again
             settings["encoder"] = encoder if isinstance(encoder, str) else encoder_path(encoder)
             encoder = None if settings["encoder"] is not None else encoder
-        losses.check_needs(losses.get(self.method))
-        config, self.loss = build(losses.get(self.method), settings, preset)
+        loss_type = losses.get(self.method)
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
         self._live = None if isinstance(resolved, EnvSpec) else resolved
         self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
-        self.observation_space, self.action_space = environments.spaces(resolved)
+        self.observation_space, self.action_space, self.tokens = environments.describe(resolved)
+        kind = str(settings.get("policy", "auto"))
+        self.world = world_of(self.action_space, self.tokens, kind, loss_type.needs)
+        if self._live is None and self.env_spec and backend is None and whole_episodes(self.world, loss_type.needs):
+            # EnvPool cannot start episodes from given seeds
+            self.env_spec = environments.resolve(self.env_spec, backend="sync")
+        config, self.loss = build(loss_type, settings, preset, defaults(self.world, loss_type.needs))
+        check_world(self.loss, self.world, self.action_space, config)
         self.n_envs = self.env_spec.n_envs if self._live is None and self.env_spec else environments.width(resolved)
         self.device = devices.resolve(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "network"))
-            self.policy = ActorCritic(
-                self.observation_space,
-                self.action_space,
-                config.network,
-                self.loss.critics,
-                config.normalize_obs,
-                config.clip_obs,
-                encoder,
-            ).to(self.device)
+            self.policy = build_policy(
+                self.world, self.observation_space, self.action_space, self.tokens, config.network, self.loss,
+                config.normalize_obs, config.clip_obs, encoder,
+            ).to(self.device)  # fmt: skip
         threads = config.threads or devices.threads(self.policy)
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         self.reward_normalizer = RewardNormalizer(self.n_envs, config.gamma, config.clip_reward).to(self.device)
@@ -103,6 +106,14 @@ class OnPolicyAgent(Agent):
             logger.warning("--compile needs a C++ compiler (g++ or clang++) and none was found: running eager.")
             compile = False
         self.updater = Updater(self.policy, self.loss, self.config, compile)
+        self.reference = make_reference(self.policy, self.loss, self.config)
+        self.collector = Collector(
+            self._source(), self.policy, self.config.n_steps, device=self.device, seed=self.seed
+        )
+        self.feed = make_feed(
+            self.collector, self.env_spec, self.tokens, self.world, self.policy, self.reference, self.loss,
+            self.config, self.reward_normalizer, self.seed,
+        )  # fmt: skip
         self.controllers = self.loss.controllers()
         self.controller_states = {k: c.initial() for k, c in self.controllers.items()}
         self.iteration = self.steps = 0
@@ -203,27 +214,15 @@ class OnPolicyAgent(Agent):
             interrupted = stack.enter_context(hooks.interruptible())
             log = None
             if self.run_dir is not None:
-                log = RunLogger(
-                    self.run_dir,
-                    tensorboard,
-                    None if wandb is None else dict(wandb),
-                    resume_step=self.steps if resume else None,
-                    tags=tags,
-                )
+                step = self.steps if resume else None
+                log = RunLogger(self.run_dir, tensorboard, None if wandb is None else dict(wandb), step, tags)
                 stack.callback(log.close)
             label = f"{self.method} {self._env_name()}"
             bar = stack.enter_context(Progress(self.span[1], self.steps, label, enabled=progress))
-            collector = Collector(
-                self._source(),
-                self.policy,
-                self.config.n_steps,
-                device=self.device,
-                seed=self.seed,
-                dump_dir=self.run_dir,
-            )
-            stack.callback(collector.close)
+            self.collector.dump_dir = self.run_dir
+            stack.callback(self.feed.close)
             try:
-                self._loop(collector, log, bar, callbacks, interrupted)
+                self._loop(log, bar, callbacks, interrupted)
             except (NonFiniteError, NonFiniteUpdateError) as error:
                 if self.run_dir is not None:
                     last = self.run_dir / runfolder.CHECKPOINTS / "last.safetensors"
@@ -233,31 +232,29 @@ class OnPolicyAgent(Agent):
 
     def _loop(
         self,
-        collector: Collector,
         log: RunLogger | None,
         bar: Progress,
         callbacks: Sequence[Any],
         interrupted: Mapping[str, bool],
     ) -> None:
-        per_iteration = self.config.n_steps * self.n_envs
-        border_every = max(10, math.ceil(self.config.checkpoint_every / per_iteration))
+        border_every = max(10, math.ceil(self.config.checkpoint_every / self.feed.steps_bound))
         self.stopped = False
         first = self.iteration
         clock = time.perf_counter()
         while self.steps < self.span[1] and not self.stopped:
             if self.iteration == first or self.iteration % border_every == 0:
-                collector.border(self.seed, self.iteration)
-                self.reward_normalizer.restart()
-            metrics = self._iterate(collector)
+                self.feed.border(self.iteration)
+            before = self.steps
+            metrics = self._iterate()
             now = time.perf_counter()
-            metrics["time/fps"] = per_iteration / (now - clock)
+            metrics["time/fps"] = (self.steps - before) / (now - clock)
             clock = now
             metrics |= self._progress_metrics()
             bar.update(self.steps, metrics)
             if log is not None:
-                log.log(self.steps, metrics)
+                log.log(self.steps, metrics, self.histograms)
             self._notify(callbacks, "on_update", metrics)
-            if self._due(self.config.eval_every, per_iteration):
+            if self._due(self.config.eval_every, before):
                 self._evaluate(log, bar, callbacks)
                 clock = time.perf_counter()
             finished = self.steps >= self.span[1] or self.stopped
@@ -273,38 +270,42 @@ class OnPolicyAgent(Agent):
                     self.write_checkpoint(self.run_dir, "interrupted")
                 raise hooks.Interrupted(self.run_dir, self.steps)
 
-    def _iterate(self, collector: Collector) -> dict[str, float]:
-        """One iteration: collect, estimate, update. Returns what to log."""
+    def _iterate(self) -> dict[str, float]:
+        """One iteration: gather, update. Returns what to log."""
         began = time.perf_counter()
-        collected = collector.collect(generator(self.seed, "actions", self.iteration))
-        collecting = time.perf_counter() - began
-        batch = estimate(self.policy, self.loss, self.config, self.reward_normalizer, collected)
         knobs, rates = self._knobs()
+        gathered = self.feed.gather(self.iteration, knobs, rates["progress"])
+        batch = gathered.batch
         updating = time.perf_counter()
         found = self.updater.run(batch, knobs, generator(self.seed, "shuffle", self.iteration))
         metrics = self._accept(found, batch, knobs)
         updated = time.perf_counter()
-        self.policy.update_normalizer(collected.obs, collected.valid_t)
+        diagnosed, self.histograms = diagnose.look(
+            self.policy, self.loss, batch, knobs, self.config.diagnose_every, self.iteration
+        )
+        metrics |= {k: float(v) for k, v in gathered.stats.items()}
+        self.policy.update_normalizer(gathered.obs, gathered.valid)
         self.iteration += 1
-        self.steps += self.config.n_steps * self.n_envs
-        for episode in collected.episodes:
+        self.steps += gathered.steps
+        for episode in gathered.episodes:
             self.recent.append(episode)
-        self.episodes += len(collected.episodes)
+        self.episodes += len(gathered.episodes)
         self.stats = dict(metrics)
-        self.timings["simulation_s"] += collected.simulation_s
-        self.timings["inference_s"] += collecting - collected.simulation_s
+        self.timings["simulation_s"] += gathered.simulation_s
+        self.timings["inference_s"] += gathered.collecting_s - gathered.simulation_s
         self.timings["update_s"] += updated - updating
-        self.timings["rest_s"] += (updating - began - collecting) + (time.perf_counter() - updated)
-        return {f"train/{k}": v for k, v in (metrics | rates).items()}
+        self.timings["rest_s"] += (updating - began - gathered.collecting_s) + (time.perf_counter() - updated)
+        del rates["progress"]
+        return {f"train/{k}": v for k, v in (metrics | rates).items()} | diagnosed
 
     def _knobs(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Scalars for this iteration, as tensors for the update and as numbers for the log."""
+        """Scalars of this iteration (with its "progress"), as tensors for the update and as numbers for the log."""
         start, end = self.span
         stats = {**self.stats, "progress": (self.steps - start) / max(end - start, 1)}
         rate = self.config.learning_rate
         if self.config.learning_rate_schedule == "linear":
             rate *= 1.0 - stats["progress"]
-        numbers = {"learning_rate": rate}
+        numbers = {"learning_rate": rate, "progress": stats["progress"]}
         for name, controller in self.controllers.items():
             self.controller_states[name], knobs = controller.step(self.controller_states[name], stats)
             numbers |= knobs
@@ -319,10 +320,11 @@ class OnPolicyAgent(Agent):
             self._refuse(found, batch, knobs)
         self.updater.accept()
         mask = batch.mask
-        target, value = batch.value_target[mask], batch.value_old[mask]
-        variance = target.var()
-        metrics["explained_variance"] = float(1.0 - (target - value).var() / variance) if variance > 0 else math.nan
-        log_std = getattr(self.policy.head, "log_std", None)
+        if "value" in self.loss.critics:
+            target, value = batch.value_target[mask], batch.value_old[mask]
+            variance = target.var()
+            metrics["explained_variance"] = float(1.0 - (target - value).var() / variance) if variance > 0 else math.nan
+        log_std = getattr(getattr(self.policy, "head", None), "log_std", None)
         if log_std is not None:
             metrics["std"] = float(log_std.detach().exp().mean())
         metrics["n_updates"] = float((self.iteration + 1) * self.config.epochs)
@@ -331,8 +333,7 @@ class OnPolicyAgent(Agent):
     def _refuse(self, found: dict[str, Tensor], batch: SequenceBatch, knobs: dict[str, Tensor]) -> None:
         first = {n: int((~v.isfinite()).nonzero()[0]) for n, v in found.items() if not v.isfinite().all()}
         # the earliest step, not the first name: after it everything is NaN
-        name = min(first, key=lambda n: first[n])
-        step = first[name]
+        name, step = min(first.items(), key=lambda item: item[1])
         dump = None
         if self.run_dir is not None:
             dump = self.run_dir / "nan_update.safetensors"
@@ -350,11 +351,11 @@ class OnPolicyAgent(Agent):
             values["rollout/ep_len_mean"] = float(np.mean([n for _, n in self.recent]))
         return values
 
-    def _due(self, every: int | None, per_iteration: int) -> bool:
-        """Whether a multiple of ``every`` steps was passed in this iteration, or the run ends here."""
+    def _due(self, every: int | None, before: int) -> bool:
+        """Whether a multiple of ``every`` steps was passed since step ``before``, or the run ends here."""
         if every is None:
             return False
-        passed = self.steps // every > (self.steps - per_iteration) // every
+        passed = self.steps // every > before // every
         return (passed or self.steps >= self.span[1]) and self.can_evaluate
 
     def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Sequence[Any]) -> None:
@@ -398,6 +399,8 @@ class OnPolicyAgent(Agent):
             "optimizer/v": state.v,
             "optimizer/clock": state.clock,
             **{f"reward/{k}": v for k, v in self.reward_normalizer.state_dict().items()},
+            **({} if self.reference is None else {f"reference/{k}": v for k, v in self.reference.state_dict().items()}),
+            **{f"feed/{k}": v for k, v in self.feed.tensors().items()},
         }
 
     def counters(self) -> dict[str, Any]:
@@ -410,12 +413,17 @@ class OnPolicyAgent(Agent):
             "best": self.best,
             "episodes": self.episodes,
             "recent": [list(e) for e in self.recent],
+            "feed": self.feed.counters(),
         }
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         state = self.updater.state
         load_module(self.policy, tensors, "policy/")
         load_module(self.reward_normalizer, tensors, "reward/")
+        if self.reference is not None:
+            load_module(self.reference, tensors, "reference/")
+        mine = {k.removeprefix("feed/"): v for k, v in tensors.items() if k.startswith("feed/")}
+        self.feed.restore(mine, counters["feed"])
         if tensors["optimizer/m"].shape != state.m.shape:
             raise CheckpointError("the checkpoint's network differs in size from this agent's; use the run's config")
         self.updater.state = state._replace(

@@ -2,11 +2,13 @@
 
 A loss is a frozen dataclass: its fields are its hyper-parameters. The runner
 
-1. calls ``prepare`` once on the whole update batch (everything one optimiser step sees) and gets
-   stop-gradient coefficients, the weight of every position and the denominator;
-2. splits the batch into micro-batches, never inside the rows that ``together`` ties;
-3. calls ``loss`` on each and adds up: sums, never means, so that a split changes nothing;
-4. divides by the denominator, differentiates, lets ``grad_transform`` act on the flat gradient.
+1. asks what it ``needs`` and ``uses``, and draws episodes accordingly;
+2. calls ``begin`` once per iteration on all of them: advantages of whole sequences, statistics with a memory;
+3. calls ``prepare`` on each update batch (everything one optimiser step sees) and gets stop-gradient
+   coefficients, the weight of every position and the denominator;
+4. splits the batch into micro-batches, never inside the rows that ``together`` ties;
+5. calls ``loss`` on each and adds up: sums, never means, so that a split changes nothing;
+6. divides by the denominator, differentiates, lets ``grad_transform`` act on the flat gradient.
 
 File name = registry key. Nothing outside this folder compares a loss's name.
 """
@@ -18,21 +20,33 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from ctrlrl.core import advantage as adv
 from ctrlrl.core import gate, penalty, ratio, reduce
 from ctrlrl.core.control import Controller
+from ctrlrl.core.select import Selector
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.names import hint, load
 from ctrlrl.types import PolicyOutput, SequenceBatch, check_types
 
 Knobs: TypeAlias = Mapping[str, Tensor]
-Need: TypeAlias = Literal[
-    "values", "groups", "turns", "tasks", "logp_ref", "logp_behaviour", "dist_old", "demonstrations", "sequence_return"
-]
+Memory: TypeAlias = dict[str, Tensor]
 L = TypeVar("L", bound="type[PolicyLoss]")
+
+
+class Start(NamedTuple):
+    """What ``begin`` makes of an iteration's episodes."""
+
+    batch: SequenceBatch
+    """The batch to update on: advantages filled in, rows dropped or added as the method says."""
+    memory: Memory
+    """What to remember until the next iteration; saved with the run."""
+    stats: dict[str, Tensor]
+    """Scalars to log; controllers see them in the next iteration."""
 
 
 class Prepared(NamedTuple):
@@ -70,8 +84,12 @@ class PolicyLoss:
     """Authors' title and identifier."""
     differs: ClassVar[str] = ""
     """Where this differs from the paper or from the released code."""
+    slots: ClassVar[Mapping[Slot, str]] = {}
+    """Which parts of the estimator the method fills, and with what, in a few words each."""
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the runner must provide in the batch."""
+    """What the runner must provide (see ``needs.NEEDS``)."""
+    uses: ClassVar[frozenset[Need]] = frozenset()
+    """What the runner provides where it can."""
     critics: ClassVar[tuple[str, ...]] = ("value",)
     """Names of the scalar critics that the policy network must have."""
     loop_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -92,6 +110,26 @@ class PolicyLoss:
 
     # -- the contract -------------------------------------------------------------------------
 
+    def required(self) -> frozenset[Need]:
+        """What this instance needs: ``needs``, unless a setting lifts one."""
+        return self.needs
+
+    def memory(self) -> Memory:
+        """What ``begin`` remembers, before the first iteration."""
+        return {}
+
+    def begin(self, batch: SequenceBatch, knobs: Knobs, memory: Memory) -> Start:
+        """See all episodes of an iteration once, before they are cut into update batches. Pure."""
+        return Start(batch, memory, {})
+
+    def keep(self, batch: SequenceBatch) -> Tensor:
+        """[B] bool: rows to keep for later iterations, for losses that use "replay"."""
+        return torch.ones(batch.mask.shape[0], dtype=torch.bool, device=batch.mask.device)
+
+    def selector(self) -> Selector | None:
+        """What chooses the reset seeds and the number of episodes of each; None takes new seeds, all alike."""
+        return None
+
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
         """See the whole update batch once. Default: advantages as they are, mean over valid positions."""
         weight, denominator = reduce.token_mean(batch.mask)
@@ -99,7 +137,7 @@ class PolicyLoss:
 
     def together(self, batch: SequenceBatch) -> Tensor | None:
         """[B] ids of rows that must share an update batch and a micro-batch; None if rows are independent."""
-        return batch.group if "groups" in self.needs else None
+        return None
 
     def loss(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> LossSum:
         """Sums over a micro-batch. Losses that couple rows override this; the others ``per_token``."""
@@ -136,12 +174,15 @@ class PolicyLoss:
         return {}
 
     def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
-        """[B, T] quantities worth logging, averaged over valid positions. A field ``eps`` adds the share beyond it."""
+        """[B, T] quantities worth logging, averaged over valid positions.
+
+        Fields ``eps``, or ``eps_low`` and ``eps_high``, add the share of ratios beyond them.
+        """
         log_ratio = ratio.log_ratio(out.logp, batch.logp_old, batch.mask)
         found = {"approx_kl": penalty.kl_k3(log_ratio)}
-        eps = getattr(self, "eps", None)
-        if eps is not None:
-            found["clip_fraction"] = gate.clipped(ratio.ratio(log_ratio), eps, eps).to(log_ratio.dtype)
+        low, high = (getattr(self, name, getattr(self, "eps", None)) for name in ("eps_low", "eps_high"))
+        if low is not None and high is not None:
+            found["clip_fraction"] = gate.clipped(ratio.ratio(log_ratio), low, high).to(log_ratio.dtype)
         return found
 
 
@@ -152,6 +193,8 @@ def standardised(batch: SequenceBatch) -> Tensor:
 
 # -- registry -------------------------------------------------------------------------------------
 
+NOT_LOSSES = frozenset({"base", "needs", "group"})
+"""Modules of this folder that hold no variant."""
 _REGISTRY: dict[str, type[PolicyLoss]] = {}
 
 
@@ -170,7 +213,7 @@ def names() -> list[str]:
     import ctrlrl.losses as package
 
     for info in pkgutil.iter_modules(package.__path__):
-        if info.name != "base":
+        if info.name not in NOT_LOSSES:
             importlib.import_module(f"{package.__name__}.{info.name}")
     return sorted(_REGISTRY)
 
@@ -186,19 +229,6 @@ def get(name: str) -> type[PolicyLoss]:
     if name not in _REGISTRY:
         raise KeyError(f"no loss named {name!r}.{hint(name, known)} Known: {', '.join(known)}")
     return _REGISTRY[name]
-
-
-PROVIDED_BY_THE_LOOP: frozenset[Need] = frozenset({"values", "dist_old"})
-"""What the on-policy loop over environments puts into a batch."""
-
-
-def check_needs(loss: type[PolicyLoss]) -> None:
-    """Raise ``KeyError`` if the on-policy loop over environments cannot run ``loss``."""
-    missing = loss.needs - PROVIDED_BY_THE_LOOP
-    if missing:
-        raise KeyError(f"the loss {loss.__name__} needs {', '.join(sorted(missing))}, which the on-policy loop has not")
-    if "value" not in loss.critics:
-        raise KeyError(f"the loss {loss.__name__} has no critic 'value', which the on-policy loop needs for advantages")
 
 
 def _load(path: str) -> type[PolicyLoss]:

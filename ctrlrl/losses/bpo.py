@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ctrlrl.core import head, ratio, weight
-from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register
+from ctrlrl.losses.base import Knobs, PolicyLoss, register
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
 
@@ -29,6 +30,7 @@ class BPO(PolicyLoss):
         "value trunk; here the temperature is lam (preset 'released': 1) and the median is a critic of its own. "
         "Returns are those of normalised rewards unless normalize_reward is off."
     )
+    slots: ClassVar[Mapping[Slot, str]] = {"mask": "distance to a bounded target ratio", "ratio": "token", "advantage": "return minus median"}
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
     critics: ClassVar[tuple[str, ...]] = ("value", "median")
     loop_defaults: ClassVar[Mapping[str, Any]] = {"max_grad_norm": 1.0}

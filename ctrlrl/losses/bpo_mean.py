@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ctrlrl.core import head, ratio, weight
-from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register
+from ctrlrl.losses.base import Knobs, PolicyLoss, register
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
 
@@ -23,6 +24,7 @@ class BPOMean(PolicyLoss):
     """
 
     paper: ClassVar[str] = "Bounded Ratio Reinforcement Learning (BPO), arXiv:2604.18578, ablation with the mean"
+    slots: ClassVar[Mapping[Slot, str]] = {"mask": "distance to a bounded target ratio", "ratio": "token", "advantage": "return minus value"}
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
     loop_defaults: ClassVar[Mapping[str, Any]] = {"max_grad_norm": 1.0}
 

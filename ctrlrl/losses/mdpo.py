@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ctrlrl.core import head, ratio
 from ctrlrl.core.control import Controller, LinearSchedule
-from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register, standardised
+from ctrlrl.losses.base import Knobs, PolicyLoss, register, standardised
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
 
@@ -29,6 +30,7 @@ class MDPO(PolicyLoss):
         "comes from the policy itself, not from a separately initialised one. The value function has Adam moments "
         "of its own and is trained for 5 passes, as released."
     )
+    slots: ClassVar[Mapping[Slot, str]] = {"ratio": "token", "advantage": "GAE", "regulariser": "KL to the old policy, growing"}
     needs: ClassVar[frozenset[Need]] = frozenset({"values", "dist_old"})
     loop_defaults: ClassVar[Mapping[str, Any]] = {
         "batch_size": None,

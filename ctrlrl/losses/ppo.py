@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from ctrlrl.core import head, ratio
-from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register, standardised
+from ctrlrl.losses.base import Knobs, PolicyLoss, register, standardised
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
 
@@ -21,6 +23,7 @@ class PPO(PolicyLoss):
     """
 
     paper: ClassVar[str] = "Proximal Policy Optimization Algorithms, arXiv:1707.06347, eq. 7"
+    slots: ClassVar[Mapping[Slot, str]] = {"mask": "clip", "ratio": "token", "advantage": "GAE"}
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
 
     eps: float = 0.2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from ctrlrl.core import head, ratio, weight
-from ctrlrl.losses.base import Knobs, Need, PolicyLoss, register, standardised
+from ctrlrl.losses.base import Knobs, PolicyLoss, register, standardised
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
 
@@ -21,6 +23,7 @@ class SPO(PolicyLoss):
     """
 
     paper: ClassVar[str] = "Simple Policy Optimization (ICML 2025), arXiv:2401.16025"
+    slots: ClassVar[Mapping[Slot, str]] = {"mask": "quadratic pull to the edge of the band", "ratio": "token", "advantage": "GAE"}
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
 
     eps: float = 0.2

@@ -24,6 +24,9 @@ from ctrlrl.types import Distribution, Obs, PolicyOutput, check_types
 class NetworkConfig:
     """Shape of the policy network."""
 
+    policy: Literal["auto", "mlp", "transformer", "tabular", "flow"] = "auto"
+    """Kind of policy: a multilayer perceptron (behind convolutions for images), a causal transformer or a table for
+    token sequences, a flow that denoises Box actions; auto takes what environment and loss ask for."""
     actor_hidden: tuple[int, ...] = (64, 64)
     """Widths of the actor's hidden layers."""
     critic_hidden: tuple[int, ...] = (64, 64)
@@ -42,8 +45,32 @@ class NetworkConfig:
     """``package.module:Class`` of your own encoder: a module built from the observation space, which maps the
     preprocessed observation to [B, out_features] and has that attribute. Shared by actor and critics."""
 
+    width: int = 64
+    """Width of the transformer."""
+    layers: int = 2
+    """Its blocks."""
+    heads: int = 4
+    """Its attention heads."""
+    denoising_steps: int = 8
+    """Steps from noise to an action, for flow policies."""
+    flow_noise: float = 0.7
+    """Size of the noise that sampling adds at each of them (a of Flow-GRPO)."""
+    logp_reduce: Literal["sum", "mean"] = "sum"
+    """Log-probability of a denoising step: sum over the action's dimensions, or their mean as for images."""
+    matching_weight: Literal["uniform", "time", "time_squared", "huber", "ghuber"] = "uniform"
+    """Weight over time of the flow-matching loss, where it stands for the likelihood."""
+    matching_power: float = 0.25
+    """Exponent of the ghuber weight."""
+    matching_times: int = 6
+    """Times per action at which the flow-matching loss is taken."""
+
     def __post_init__(self) -> None:
         check_types(self)
+        if min(self.denoising_steps, self.matching_times) < 1 or not self.flow_noise > 0:
+            raise ValueError("denoising_steps and matching_times must be at least 1 and flow_noise positive")
+        if min(self.width, self.layers, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(f"width={self.width}, layers={self.layers}, heads={self.heads}: all at least 1, and the "
+                             "width a multiple of the heads")  # fmt: skip
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
         if self.action_map not in ("clip", "tanh"):

@@ -195,7 +195,7 @@ def _parse_training(method: str, words: list[str]) -> tuple[Train, dict[str, Any
             preset = words[i + 1]
         elif word.startswith("--preset="):
             preset = word.partition("=")[2]
-    config, loss = build(losses.get(method), {}, preset)
+    config, loss = build(losses.get(method), {}, preset, _world_defaults(losses.get(method), words))
     flat = tyro.conf.OmitArgPrefixes
     parser = dataclasses.make_dataclass(
         "Training",
@@ -209,9 +209,36 @@ def _parse_training(method: str, words: list[str]) -> tuple[Train, dict[str, Any
     about = getattr(loss, "paper", loss.__doc__)
     parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=about)
     loop = {f.name: getattr(parsed.loop, f.name) for f in dataclasses.fields(parsed.loop)}
-    network = loop.pop("network")
-    settings = loop | {f.name: getattr(network, f.name) for f in dataclasses.fields(network)}
+    settings = dict(loop)
+    for group in (settings.pop("network"), settings.pop("episodes")):
+        settings |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
     return parsed.run, settings | {f.name: getattr(parsed.loss, f.name) for f in dataclasses.fields(parsed.loss)}
+
+
+def _world_defaults(loss: Any, words: list[str]) -> dict[str, Any]:
+    """The defaults of the environment among ``words``: token sequences and groups of episodes have some of their own.
+
+    Without an environment, or with one that cannot be built, the loss alone decides; training says what is wrong.
+    """
+    from ctrlrl.engine import environments, world
+
+    def value(flag: str, default: str) -> str:
+        for i, word in enumerate(words):
+            if word == flag and i + 1 < len(words):
+                return words[i + 1]
+            if word.startswith(f"{flag}="):
+                return word.partition("=")[2]
+        return default
+
+    name = value("--env", "")
+    if not name:
+        return world.defaults("continuous", loss.needs)
+    try:
+        spec = environments.resolve(name, env_kwargs=json.loads(value("--env-kwargs", "{}")))
+        _, actions, tokens = environments.describe(spec)
+        return world.defaults(world.world_of(actions, tokens, value("--policy", "auto"), loss.needs), loss.needs)
+    except Exception:
+        return world.defaults("continuous", loss.needs)
 
 
 def _resume(options: Resume) -> int:
@@ -300,36 +327,10 @@ def _report(words: list[str]) -> int:
 
 
 def _list(words: list[str]) -> int:
-    from rich.console import Console
-    from rich.table import Table
+    from ctrlrl.run.listing import show
 
-    from ctrlrl import api
-    from ctrlrl.losses import base as losses
-
-    kinds = ("methods", "losses", "envs")
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: ctrlrl list {'|'.join(kinds)}")
-        return 0
-    if words[0] not in kinds:
-        hint = names.hint(words[0], kinds)
-        return _fail(f"nothing is listed under {words[0]!r}.{hint} Expected {', '.join(kinds)}", 2)
-    table = Table(box=None, pad_edge=False)
-    if words[0] == "envs":
-        from ctrlrl.engine.environments import listed
-
-        table.add_column("id", style="bold")
-        table.add_column("backends")
-        for name, backends in listed():
-            table.add_row(name, ", ".join(backends))
-    else:
-        table.add_column("name", style="bold", no_wrap=True)
-        table.add_column("paper")
-        table.add_column("presets" if words[0] == "methods" else "needs")
-        for name in api.available(words[0]):
-            loss = losses.get(name)
-            table.add_row(name, loss.paper, ", ".join(loss.presets if words[0] == "methods" else sorted(loss.needs)))
-    Console().print(table)
-    return 0
+    complaint = show(words)
+    return _fail(complaint, 2) if complaint else 0
 
 
 def _fail(message: str, status: int) -> int:

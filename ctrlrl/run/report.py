@@ -16,6 +16,7 @@ import numpy as np
 from ctrlrl.engine.checkpoint import atomic_path
 from ctrlrl.run import report_figures as figures
 from ctrlrl.run import report_statistics as stats
+from ctrlrl.run import report_updates as updates
 from ctrlrl.run import report_words as words
 from ctrlrl.run.report_page import Image, Section, Table, render
 from ctrlrl.run.report_runs import Run, differences, load, version_fields
@@ -54,8 +55,10 @@ def report(
         raise FileExistsError(f"{folder} is a file, expected a folder to write report.html into")
     folder.mkdir(parents=True, exist_ok=True)
     page = _Page(loaded, folder, dict(references or {}), reps)
-    sections = [page.final_scores(), page.improvement(), page.curves(), page.speed(), page.settings(), page.run_list()]
-    html = render(page.title(), page.summary(), sections, words.footnotes(page.references, reps))
+    sections = [page.final_scores(), page.improvement(), page.curves(), page.updates()]
+    sections += [page.speed(), page.settings(), page.run_list()]
+    shown = [section for section in sections if section is not None]
+    html = render(page.title(), page.summary(), shown, words.footnotes(page.references, reps))
     target = folder / "report.html"
     with atomic_path(target) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -228,6 +231,9 @@ class _Page:
                 png = figures.learning_curves(shown, self.labels, x_label, y_label)
                 section.images.append(self._image(f"curve-{words.slug(env)}-{short}", png, alt, caption))
         return section
+
+    def updates(self) -> Section | None:
+        return updates.section(self.groups, self.labels, self._image)
 
     def speed(self) -> Section:
         rows = []

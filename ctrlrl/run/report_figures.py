@@ -6,7 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -82,6 +84,80 @@ def intervals(
     return _png(figure)
 
 
+def line_panels(panels: Mapping[str, Mapping[str, Curve]], x_label: str, y_label: str, unit: bool = False) -> bytes:
+    """A panel per method with some of its lines, each with a band from lowest to highest run."""
+    figure, all_axes = _stack(panels, x_label, y_label)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    for axes, curves in zip(all_axes, panels.values(), strict=True):
+        for name, drawn in curves.items():
+            colour, style = style_of(names.index(name))
+            marker = "o" if len(drawn.x) == 1 else None
+            axes.plot(drawn.x, drawn.mean, color=colour, ls=style, lw=1.8, label=name, marker=marker, ms=5)
+            axes.fill_between(drawn.x, drawn.low, drawn.high, color=colour, alpha=0.15, lw=0)
+        axes.legend(frameon=False, fontsize=9, loc="best", labelcolor=_INK)
+        if unit:
+            axes.set_ylim(-0.02, 1.02)
+    return _png(figure)
+
+
+Bands = tuple[np.ndarray, np.ndarray, list[tuple[str, np.ndarray, np.ndarray]]]
+
+
+def band_panels(panels: Mapping[str, Bands], x_label: str, y_label: str, middle: float) -> bytes:
+    """A panel per method: a line in the midst of bands (text, lower end, upper end), from the outermost inwards."""
+    figure, all_axes = _stack(panels, x_label, y_label)
+    for axes, (x, line, bands) in zip(all_axes, panels.values(), strict=True):
+        lone = len(x) == 1
+        for depth, (text, low, high) in enumerate(bands, 1):
+            look = {"color": _COLOURS[0], "alpha": 0.12 + 0.14 * depth, "label": text}
+            if lone:
+                axes.vlines(x, low, high, lw=3 * depth, **look)
+            else:
+                axes.fill_between(x, low, high, lw=0, **look)
+        axes.plot(x, line, color=_INK, lw=1.4, marker="o" if lone else None, ms=4, label="median")
+        axes.axhline(middle, color=_INK, lw=1, ls=":")
+        lowest, highest = float(bands[0][1].min()), float(bands[0][2].max())
+        if lowest > 0 and highest > 5 * lowest:
+            axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
+        axes.legend(frameon=False, fontsize=9, loc="best", labelcolor=_INK)
+    return _png(figure)
+
+
+def heat_panels(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    edges: Sequence[float],
+    x_label: str,
+    y_label: str,
+    shade: str,
+) -> bytes:
+    """A panel per method: shares [S, bins] of histograms at steps [S]; all bins are drawn equally wide.
+
+    Bins that are empty in every panel are cut off at both ends.
+    """
+    figure, all_axes = _stack(panels, x_label, y_label, 3.2)
+    used = np.flatnonzero(sum(shares.sum(0) for _, shares in panels.values()))
+    first, last = int(used[0]), int(used[-1]) + 1
+    for axes, (steps, shares) in zip(all_axes, panels.values(), strict=True):
+        half = np.diff(steps) / 2 if len(steps) > 1 else np.array([max(steps[0], 1.0) / 2])
+        borders = np.concatenate([[steps[0] - half[0]], steps[:-1] + half[: len(steps) - 1], [steps[-1] + half[-1]]])
+        mesh = axes.pcolormesh(
+            borders, np.arange(first, last + 1), shares[:, first:last].T, cmap="viridis", norm=PowerNorm(0.5, 0.0)
+        )
+        # border k is edges[k - 1]; marked are zero and, counted from it, the same sizes on both sides
+        middle = len(edges) // 2
+        away = {
+            k: middle - k if k <= middle else k - middle - 1 for k in range(max(first, 1), min(last, len(edges)) + 1)
+        }
+        every = next(n for n in (1, 2, 4, 5, 10, len(edges)) if len(away) <= 12 * n)
+        marked = [k for k, distance in away.items() if distance and distance % every == 0]
+        zero = [middle + 0.5] if first <= middle < last else []
+        axes.set_yticks([*marked, *zero], [*(_fraction(edges[k - 1]) for k in marked), *("0" for _ in zero)])
+        axes.grid(visible=False)
+        figure.colorbar(mesh, ax=axes, pad=0.01).set_label(shade, color=_INK, fontsize=9)
+    return _png(figure)
+
+
 def short(value: float, _: object = None) -> str:
     """``1500000`` as ``1.5M``; small numbers with as many digits as they need."""
     text = f"{value:.4g}"
@@ -90,6 +166,24 @@ def short(value: float, _: object = None) -> str:
             text = f"{value / size:.4g}{letter}"
             break
     return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
+
+
+def _fraction(value: float) -> str:
+    """Sizes below one as ``1/16``."""
+    if abs(value) >= 1:
+        return short(value)
+    return ("\N{MINUS SIGN}" if value < 0 else "") + f"1/{1 / abs(value):,.0f}"
+
+
+def _stack(panels: Mapping[str, Any], x_label: str, y_label: str, height: float = 2.5) -> tuple[Figure, list[Any]]:
+    """A panel below the other for each title, over the same kind of x."""
+    figure, all_axes = _figure(6.4, 0.5 + height * len(panels), [1] * len(panels))
+    for axes, title in zip(all_axes, panels, strict=True):
+        axes.set_title(title, loc="left", fontsize=10, color=_INK, fontweight="bold")
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_formatter(FuncFormatter(short))
+    all_axes[-1].set_xlabel(x_label)
+    return figure, all_axes
 
 
 def _figure(width: float, height: float, rows: Sequence[int] = (1,)) -> tuple[Figure, list[Any]]:

@@ -15,6 +15,8 @@ import numpy as np
 from ctrlrl.engine import runfolder
 
 TRAINING_RETURN = "rollout/ep_rew_mean"
+DIAGNOSES = "diagnose/"
+"""How the names of what ``engine.diagnose`` recorded begin."""
 
 # What names a run or follows from its group is not a difference worth a row.
 _IDENTITY = ("format", "method", "env.id", "seed", "spaces")
@@ -45,6 +47,8 @@ class Run:
     label: str = ""
     """Method, with the settings that tell it from others of the same method and environment."""
     notes: list[str] = field(default_factory=list)
+    diagnoses: list[dict[str, Any]] = field(default_factory=list)
+    """The rows of the log that hold a diagnosis of the update: their step, and what belongs to it."""
 
     def curve(self, evaluated: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """step, time_s and return: the mean of each evaluation, or the training return."""
@@ -115,13 +119,20 @@ def _read(path: Path) -> Run:
         steps=max((s for s, _ in last), default=0),
         time_s=max((t for _, t in last), default=0.0),
         planned=config.get("total_steps"),
+        diagnoses=_diagnoses(path) if any(name.startswith(DIAGNOSES) for name in table) else [],
     )
+
+
+def _diagnoses(path: Path) -> list[dict[str, Any]]:
+    rows = runfolder.read_lines(path / runfolder.METRICS)
+    kept = [{k: v for k, v in row.items() if k == "step" or k.startswith(DIAGNOSES)} for row in rows]
+    return [row for row in kept if len(row) > 1]
 
 
 _WITHOUT_EFFECT = frozenset(
     {"total_steps", "env.threads"}
     | {f"config.{n}" for n in ("device", "threads", "compile", "cudagraphs", "steps_per_graph", "micro_batches")}
-    | {f"config.{n}" for n in ("eval_every", "eval_episodes")}
+    | {f"config.{n}" for n in ("eval_every", "eval_episodes", "diagnose_every")}
 )
 """Settings that say where or how a run was computed, not what: they differ between seeds of one experiment."""
 

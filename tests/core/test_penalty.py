@@ -73,3 +73,31 @@ def test_impossible_actions():
     (grad,) = torch.autograd.grad(kl + entropy, a)
     assert grad.isfinite().all() and grad[2] == 0
     assert penalty.categorical_kl(torch.zeros(3, dtype=F64), b) == math.inf
+
+
+def test_kl_between_parameters_in_both_directions():
+    """The Distribution's own KL, but with the gradient on either side; several choices add up; masked is silent."""
+    from ctrlrl.nets.heads import Categorical, DiagonalGaussian, MultiCategorical
+
+    mask = torch.tensor([[True, True, False]])
+    s = 0.3 * rand(1, 3, 2, seed=5)
+    for make in (Categorical, lambda x: MultiCategorical(x, (3, 2)), lambda x: DiagonalGaussian(x[..., :2], s)):
+        leaf = rand(1, 3, 5).requires_grad_()
+        policy, other = make(leaf), make(rand(1, 3, 5, seed=1))
+        for self_, to in ((policy, other), (other, policy)):
+            got = penalty.kl_between(self_.params(), to.params(), mask)
+            assert torch.allclose(got[0, :2], self_.kl(to.params())[0, :2], atol=1e-14) and got[0, 2] == 0
+            (gradient,) = torch.autograd.grad(got.sum(), leaf, retain_graph=True)
+            (expected,) = torch.autograd.grad(self_.kl(to.params())[0, :2].sum(), leaf, retain_graph=True)
+            assert torch.allclose(gradient, expected, atol=1e-14) and (gradient[0, 2] == 0).all()
+        poisoned = {k: torch.where(mask.unsqueeze(-1), v, torch.nan) for k, v in other.params().items()}
+        assert penalty.kl_between(poisoned, policy.params(), mask).isfinite().all()
+
+
+def test_kl_between_ignores_actions_that_neither_has():
+    a = torch.tensor([[[0.5, 0.5, 0.0]]], dtype=F64).log()
+    b = torch.tensor([[[0.25, 0.75, 0.0]]], dtype=F64).log().requires_grad_()
+    got = penalty.kl_between({"logits": a}, {"logits": b}, torch.ones(1, 1, dtype=torch.bool))
+    assert got.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    (grad,) = torch.autograd.grad(got.sum(), b)
+    assert grad.isfinite().all()

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ctrlrl.engine.log import Progress, RunLogger
-from ctrlrl.engine.runfolder import read_evaluations, read_metrics
+from ctrlrl.engine.log import Histogram, Progress, RunLogger
+from ctrlrl.engine.runfolder import read_evaluations, read_lines, read_metrics
 
 
 def train(logger: RunLogger, steps: range) -> None:
@@ -104,6 +104,42 @@ def test_tags_of_other_tools_change_tensorboard_only(tmp_path: Path) -> None:
     assert "rollout/ep_rew_mean" in read_metrics(tmp_path)
 
 
+def drawn(folder: Path, tag: str) -> list[tuple[int, list[float], list[float], float, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tb"), size_guidance={"histograms": 0})
+    events.Reload()
+    found = []
+    for event in events.Histograms(tag):
+        value = event.histogram_value
+        found.append((event.step, list(value.bucket_limit), list(value.bucket), value.min, value.max))
+    return found
+
+
+def test_histograms_are_lists_of_counts_and_drawn_by_tensorboard(tmp_path: Path) -> None:
+    with RunLogger(tmp_path) as logger:
+        logger.log(1, {"a": 2.0}, {"diagnose/w": Histogram((-1.0, 0.0, 2.0), (0, 3, 4, 1))})
+        logger.log(2, {"a": 3.0}, {"diagnose/w": Histogram((-1.0, 0.0, 2.0), (0, 0, 0, 0))})
+        logger.log(3, {"a": 4.0})
+    rows = read_lines(tmp_path / "metrics.jsonl")
+    assert [row.get("diagnose/w") for row in rows] == [[0, 3, 4, 1], [0, 0, 0, 0], None]
+    # readers of numbers pass over it
+    table = read_metrics(tmp_path)
+    assert table["a"].tolist() == [2.0, 3.0, 4.0] and table["diagnose/w"].isna().all()
+    # the open bins get the width of their neighbours; an empty histogram is not drawn
+    assert drawn(tmp_path, "diagnose/w") == [(1, [-1.0, 0.0, 2.0, 4.0], [0.0, 3.0, 4.0, 1.0], -1.0, 4.0)]
+
+
+def test_a_resumed_run_forgets_later_histograms(tmp_path: Path) -> None:
+    with RunLogger(tmp_path) as logger:
+        for step in (10, 20, 30):
+            logger.log(step, {}, {"w": Histogram((0.0, 1.0), (step, 0, 1))})
+    with RunLogger(tmp_path, resume_step=20) as logger:
+        logger.log(30, {}, {"w": Histogram((0.0, 1.0), (7, 0, 1))})
+    assert [row["w"][0] for row in read_lines(tmp_path / "metrics.jsonl")] == [10, 20, 7]
+    assert [(step, counts[0]) for step, _, counts, _, _ in drawn(tmp_path, "w")] == [(10, 10), (20, 20), (30, 7)]
+
+
 def test_wrong_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="create it first"):
         RunLogger(tmp_path / "none")
@@ -114,6 +150,10 @@ def test_wrong_use_is_named(tmp_path: Path) -> None:
             logger.log(1, {"step": 2.0})
         with pytest.raises(ValueError, match="expected one number"):
             logger.log(1, {"x": [1.0, 2.0]})  # type: ignore[dict-item]
+        with pytest.raises(ValueError, match="2 borders and 2 counts; expected one count more"):
+            logger.log(1, {}, {"x": Histogram((0.0, 1.0), (1, 2))})
+        with pytest.raises(ValueError, match="the tag 'x' is taken"):
+            logger.log(1, {"x": 1.0}, {"x": Histogram((0.0, 1.0), (1, 2, 3))})
         with pytest.raises(ValueError, match="2 returns and 1 lengths"):
             logger.evaluation(1, [1.0, 2.0], [3])
         with pytest.raises(ValueError, match="0 returns"):

@@ -7,6 +7,7 @@ import torch
 from ctrlrl import api
 from ctrlrl.engine import checkpoint, runfolder
 from ctrlrl.losses import base as losses
+from ctrlrl.losses.needs import missing
 from helpers.envs import env_id
 
 TINY = {
@@ -40,6 +41,25 @@ def tiny(name, **settings):
         if losses.get(name).loop_defaults.get(field, 16 if field == "batch_size" else None) is not None:
             small[field] = 16
     return small | settings
+
+
+EPISODES = {
+    "n_groups": 4, "group_size": 4, "batch_size": None, "epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,),
+    "width": 16, "layers": 1, "heads": 2, "denoising_steps": 2, "matching_times": 2, "device": "cpu", "threads": 1,
+    "eval_every": None, "checkpoint_every": 1, "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+def home(name):
+    """An environment that ``name`` runs on, and settings with which its iterations take milliseconds."""
+    loss = losses.get(name)
+    settings = dict(EPISODES)
+    if "seed_pool" in loss.loop_defaults:
+        settings["seed_pool"] = 6
+    if missing(loss.needs, "continuous"):
+        if missing(loss.needs, "flow"):
+            return "ctrlrl/TokenArithmetic-v0", settings
+    return NOISY, settings | {"horizon": 6}
 
 
 def assert_same_tensors(a, b):

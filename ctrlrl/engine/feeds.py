@@ -1,0 +1,70 @@
+"""Putting together the feed and the reference policy that a loss asks for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from ctrlrl.engine import checkpoint, runfolder
+from ctrlrl.engine.agent import load_module
+from ctrlrl.engine.collector import Collector
+from ctrlrl.engine.config import OnPolicyConfig
+from ctrlrl.engine.episode_feed import EpisodeFeed
+from ctrlrl.engine.feed import Feed, TransitionFeed
+from ctrlrl.engine.player import ControlPlayer, TokenPlayer
+from ctrlrl.engine.world import Policy, whole_episodes
+from ctrlrl.losses.base import PolicyLoss
+from ctrlrl.nets.normalizer import RewardNormalizer
+from ctrlrl.types import EnvSpec, World
+
+
+def make_reference(policy: Policy, loss: PolicyLoss, config: OnPolicyConfig) -> Policy | None:
+    """The frozen reference policy, where the loss or a setting asks for one: a copy, or a run's policy.
+
+    Raises:
+        CheckpointError: The run's network is not of this shape.
+    """
+    settings, wanted = config.episodes, loss.required() | loss.uses
+    if not wanted & {"logp_ref", "teacher"} and settings.kl_reward_coef == 0:
+        return None
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    if settings.reference is not None:
+        path = Path(settings.reference) / runfolder.CHECKPOINTS / "last.safetensors"
+        load_module(reference, checkpoint.read(path)[0], "policy/")
+    return reference
+
+
+def make_feed(
+    collector: Collector,
+    env: EnvSpec | gym.vector.VectorEnv | None,
+    tokens: Mapping[str, Any] | None,
+    world: World,
+    policy: Policy,
+    reference: Policy | None,
+    loss: PolicyLoss,
+    config: OnPolicyConfig,
+    normalizer: RewardNormalizer,
+    seed: int,
+) -> Feed:
+    """Transitions or whole episodes, from control or from tokens, as ``loss`` needs them.
+
+    Raises:
+        ValueError: Token sequences from a live environment, which has no form for any number of episodes.
+    """
+    spec = env if isinstance(env, EnvSpec) else None
+    if not whole_episodes(world, loss.needs):
+        feed = TransitionFeed(collector, policy, loss, config, normalizer, seed, world)
+    else:
+        if tokens is None:
+            player = ControlPlayer(collector, policy, loss, config, seed, collector.device)
+        elif spec is None:
+            raise ValueError("token sequences need an environment that can be built again: give an id or an EnvSpec")
+        else:
+            player = TokenPlayer(spec, tokens, policy, loss, config, seed, collector.device)
+        feed = EpisodeFeed(player, policy, loss, config, seed, world, spec)
+    feed.reference = reference
+    return feed

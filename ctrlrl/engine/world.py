@@ -1,0 +1,135 @@
+"""Which world an environment and a policy make, and the policy that acts in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+from torch import nn
+
+from ctrlrl.engine.config import EPISODE_DEFAULTS, TOKEN_DEFAULTS, ConfigError, OnPolicyConfig
+from ctrlrl.losses.base import PolicyLoss
+from ctrlrl.losses.needs import FLAT, NEEDS, WORLDS, Need, missing
+from ctrlrl.nets.actor_critic import ActorCritic, NetworkConfig
+from ctrlrl.nets.flow_policy import FlowPolicy
+from ctrlrl.nets.token_policy import TabularPolicy, TransformerPolicy
+from ctrlrl.types import World
+
+Policy: TypeAlias = ActorCritic | FlowPolicy | TransformerPolicy | TabularPolicy
+
+_DENOISING: frozenset[Need] = frozenset({"denoising", "matching"})
+_CAPABILITY: dict[str, World] = {"tokens": "tokens", "discrete": "discrete", "box": "continuous", "flow": "flow"}
+
+
+def world_of(action_space: gym.Space, tokens: Mapping[str, Any] | None, kind: str, needs: frozenset[Need]) -> World:
+    """The world of an action space, given what the environment says of its tokens and the wanted kind of policy.
+
+    Raises:
+        ConfigError: A policy that does not fit the environment.
+    """
+    if tokens is not None:
+        if kind in ("mlp", "flow"):
+            raise ConfigError(f"policy={kind!r} does not act on token sequences; use transformer or tabular")
+        return "tokens"
+    if kind in ("transformer", "tabular"):
+        raise ConfigError(f"policy={kind!r} needs an environment of tokens (metadata['tokens']); use mlp")
+    if isinstance(action_space, gym.spaces.Box):
+        return "flow" if kind == "flow" or (kind == "auto" and needs & _DENOISING) else "continuous"
+    if kind == "flow":
+        raise ConfigError(f"policy='flow' needs Box actions, found {action_space}")
+    return "discrete"
+
+
+def whole_episodes(world: World, needs: frozenset[Need]) -> bool:
+    """Whether rows are whole episodes: always for tokens, in control where a loss looks at more than transitions."""
+    return world == "tokens" or bool(needs - FLAT - _DENOISING - {"gaussian", "teacher", "categorical", "tree"})
+
+
+def defaults(world: World, needs: frozenset[Need]) -> dict[str, Any]:
+    """Settings of the loop in which this kind of rows differs from the loop's own defaults."""
+    if world == "tokens":
+        return TOKEN_DEFAULTS
+    return EPISODE_DEFAULTS if whole_episodes(world, needs) else {}
+
+
+def lacking(action_space: gym.Space, needs: frozenset[Need]) -> frozenset[Need]:
+    """Needs that this action space rules out within its world: several choices at once are not one categorical."""
+    if isinstance(action_space, gym.spaces.MultiDiscrete):
+        return needs & frozenset(["categorical", "support"])
+    return frozenset()
+
+
+def check_world(loss: PolicyLoss, world: World, action_space: gym.Space, config: OnPolicyConfig) -> None:
+    """Raise ``ConfigError`` if the loop cannot run ``loss`` here, with each missing need, or with these settings."""
+    required = loss.required()
+    absent = sorted({*missing(required, world, config.episodes.reference is not None), *lacking(action_space, required)})
+    if absent:
+        what = "; ".join(f"{need} ({NEEDS[need]})" for need in absent)
+        raise ConfigError(f"{loss.name} cannot run on {WORLDS[world]} here: it needs {what}")
+    if not whole_episodes(world, loss.needs):
+        if "value" not in loss.critics and "values" in required:
+            raise ConfigError(f"{loss.name} needs values but has no critic named 'value'")
+        return
+    for name, wrong in (("compile", True), ("cudagraphs", True), ("normalize_reward", True)):
+        if getattr(config, name) == wrong:
+            raise ConfigError(f"{name} is for single transitions; {loss.name} here sees whole episodes: leave it off")
+
+
+def capabilities(loss: type[PolicyLoss]) -> frozenset[str]:
+    """What agents of ``loss`` promise (see ``Agent.capabilities``), from what it needs."""
+    # cudagraphs is not among them before a machine with a GPU has run its test
+    found = {"resume", "vector", "dict_obs", "image_obs", "gpu"}
+    runs = {world: not missing(loss.needs, world, teacher=True) for world in WORLDS}
+    found |= {name for name, world in _CAPABILITY.items() if runs[world]}
+    if runs["discrete"] and not loss.needs & {"categorical", "support"}:
+        found.add("multidiscrete")
+    if not whole_episodes("continuous", loss.needs):
+        found.add("compile")
+    if not runs["discrete"] and not runs["continuous"]:
+        found -= {"vector", "dict_obs", "image_obs"}
+    return frozenset(found)
+
+
+def build_policy(
+    world: World,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+    tokens: Mapping[str, Any] | None,
+    network: NetworkConfig,
+    loss: PolicyLoss,
+    normalize_obs: bool,
+    clip_obs: float,
+    encoder: Callable[..., nn.Module] | None,
+) -> Policy:
+    """The policy network of a world, with the critics of ``loss``."""
+    if world == "tokens":
+        assert tokens is not None
+        table = network.policy == "tabular"
+        return (TabularPolicy if table else TransformerPolicy)(
+            observation_space,
+            action_space,
+            dict(tokens),
+            width=network.width,
+            layers=network.layers,
+            heads=network.heads,
+            critics=loss.critics,
+        )
+    if world == "flow":
+        return FlowPolicy(
+            observation_space,
+            action_space,
+            network,
+            loss.critics,
+            normalize_obs,
+            clip_obs,
+            encoder,
+            likelihood="matching" if "matching" in loss.needs else "denoising",
+            denoising_steps=network.denoising_steps,
+            flow_noise=network.flow_noise,
+            logp_reduce=network.logp_reduce,
+            matching_weight=network.matching_weight,
+            matching_power=network.matching_power,
+            matching_times=network.matching_times,
+        )
+    return ActorCritic(observation_space, action_space, network, loss.critics, normalize_obs, clip_obs, encoder)

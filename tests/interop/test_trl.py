@@ -1,0 +1,241 @@
+"""ctrlrl's losses inside TRL's GRPOTrainer: same value and gradient as on a batch built by hand, on a random model."""
+
+import os
+from typing import ClassVar
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+pytest.importorskip("trl", reason='TRL is not installed: pip install "ctrlrl[trl]"')
+
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig
+
+from ctrlrl.interop.trl import CtrlrlGRPOTrainer, missing
+from ctrlrl.losses import base
+from ctrlrl.losses.gspo import GSPO
+from ctrlrl.types import PolicyOutput, SequenceBatch
+
+WORDS = ["<pad>", "<eos>", *"abcdefgh"]
+GROUP = 4
+TEMPERATURE = 0.8
+RETURNS = (0.0, 1.75)
+"""Ends of the returns: 1 for the share of a, 0.75 at weight 3/4 for the share of b."""
+
+NEEDS = frozenset(
+    ["groups", "sequence_return", "score", "success", "rewards", "preferences", "tasks", "logp_ref", "logp_behaviour"]
+)
+
+
+def qualifies(name):
+    loss = base.get(name)()
+    plain = type(loss).grad_transform is base.PolicyLoss.grad_transform and loss.selector() is None
+    return loss.required() <= NEEDS and not loss.critics and plain
+
+
+NAMES = [name for name in base.names() if qualifies(name)]
+ACCEPTED: list[str] = []
+
+
+# -- a world in memory ----------------------------------------------------------------------------
+
+
+def tokenizer():
+    inner = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved random model: TRL loads the reference from where the policy came from."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # far from uniform, so that sequences differ
+        for p in model.parameters():
+            p.mul_(8.0 if p.ndim == 2 else 1.0)
+    model.save_pretrained(path)
+    return path
+
+
+def share_of_a(completion_ids, **_):
+    return [sum(WORDS[t] == "a" for t in ids) / len(ids) for ids in completion_ids]
+
+
+def share_of_b(completion_ids, **_):
+    return [sum(WORDS[t] == "b" for t in ids) / len(ids) for ids in completion_ids]
+
+
+def rollout(prompts, trainer):
+    """Completions of a sampler of its own, which cannot score one of its tokens."""
+    g = torch.Generator().manual_seed(trainer.state.global_step)
+    ids = torch.randint(2, len(WORDS), (len(prompts), 5), generator=g).tolist()
+    logprobs = (-3.0 * torch.rand(len(prompts), 5, generator=g)).tolist()
+    logprobs[0][1] = None
+    return {
+        "prompt_ids": [trainer.processing_class(p)["input_ids"] for p in prompts],
+        "completion_ids": ids,
+        "logprobs": logprobs,
+    }
+
+
+class Recorder(TrainerCallback):
+    """Keeps the gradient and the weights of every optimiser step."""
+
+    def __init__(self):
+        self.gradients, self.weights = [], []
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        self.weights.append({k: p.detach().clone() for k, p in model.named_parameters()})
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients.append({k: p.grad.clone() for k, p in model.named_parameters()})
+
+
+class Watched(CtrlrlGRPOTrainer):
+    """Keeps the value of every micro-batch."""
+
+    values: ClassVar[list[float]]
+
+    def training_step(self, *args, **kwargs):
+        value = super().training_step(*args, **kwargs)
+        self.values.append(float(value))
+        return value
+
+
+def trainer_of(folder, tmp_path, loss, accumulate=1, rows=8, iterations=2, steps=2, cls=Watched, **settings):
+    loss = base.get(loss)() if isinstance(loss, str) else loss
+    fields = {
+        "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "seed": 3,
+        "num_generations": GROUP, "per_device_train_batch_size": rows // accumulate,
+        "gradient_accumulation_steps": accumulate, "num_iterations": iterations, "max_steps": steps,
+        "max_completion_length": 6, "temperature": TEMPERATURE, "learning_rate": 0.3, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no",
+        "reward_weights": [1.0, 0.75], "beta": 0.5 if "logp_ref" in loss.needs else 0.0,
+        "gradient_checkpointing": False, "disable_tqdm": True,
+    }  # fmt: skip
+    fields |= {k: settings.pop(k) for k in list(settings) if k in GRPOConfig.__dataclass_fields__}
+    if "logp_behaviour" in loss.needs:
+        settings.setdefault("rollout_func", rollout)
+    recorder = Recorder()
+    trainer = cls(
+        str(folder), [share_of_a, share_of_b], GRPOConfig(**fields),
+        Dataset.from_dict({"prompt": ["a b", "c", "d e f", "g h"], "task": [0, 1, 1, 0]}), loss=loss,
+        return_range=RETURNS, processing_class=tokenizer(), callbacks=[recorder], **settings,
+    )  # fmt: skip
+    trainer.values = []
+    trainer.recorder = recorder
+    return trainer
+
+
+# -- the same by hand -----------------------------------------------------------------------------
+
+
+def likelihood(model, drawn):
+    """Log-probabilities and entropies [B, T] from the logits."""
+    ids = torch.cat([drawn["prompt_ids"], drawn["completion_ids"]], 1)
+    attention = torch.cat([drawn["prompt_mask"], drawn["completion_mask"]], 1)
+    length = drawn["completion_ids"].shape[1]
+    logits = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1].float() / TEMPERATURE
+    log_p = logits.log_softmax(-1)
+    return log_p.gather(-1, drawn["completion_ids"].unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def by_hand(folder, drawn, behaviour=None):
+    """The batch of a generation, from its tokens alone."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logp, entropy = likelihood(model, drawn)
+    mask = drawn["completion_mask"].bool()
+    texts = [ids[m].tolist() for ids, m in zip(drawn["completion_ids"], mask, strict=True)]
+    rewards = torch.tensor([share_of_a(texts), share_of_b(texts)]).T
+    returns = rewards[:, 0] + 0.75 * rewards[:, 1]
+    prompts = [tuple(p[m.bool()].tolist()) for p, m in zip(drawn["prompt_ids"], drawn["prompt_mask"], strict=True)]
+    kinds = sorted(set(prompts))
+    group = torch.tensor([kinds.index(p) for p in prompts])
+    preference = torch.zeros_like(group)
+    for g in group.unique():
+        members = (group == g).nonzero().flatten()
+        if returns[members].max() > returns[members].min():
+            preference[members[returns[members].argmax()]] = 1
+            preference[members[returns[members].argmin()]] = -1
+    zero = torch.zeros_like(logp)
+    clean = [torch.where(mask, x, zero) for x in (logp, entropy)]
+    if behaviour is not None:
+        behaviour = torch.where(behaviour.isnan(), clean[0], behaviour)
+    return SequenceBatch(
+        obs=drawn["completion_ids"],
+        action=drawn["completion_ids"],
+        mask=mask,
+        logp_old=clean[0],
+        advantage=zero,
+        value_target=zero,
+        value_old=zero,
+        logp_ref=clean[0],  # nothing was trained before
+        logp_behaviour=behaviour,
+        entropy_old=clean[1],
+        sequence_return=returns,
+        group=group,
+        task=torch.tensor([{"a b": 0, "c": 1, "d e f": 1, "g h": 0}[" ".join(WORDS[t] for t in p)] for p in prompts]),
+        turn=torch.where(mask, 0, -1),
+        score=returns / 1.75,
+        success=returns > torch.stack([returns[group == g].mean() for g in group]),
+        rewards=rewards,
+        preference=preference,
+        source=torch.zeros_like(group),
+        pivot=torch.zeros_like(group),
+    )
+
+
+def in_order(parts):
+    """Micro-batches put back together, rows as they were drawn."""
+    order = torch.cat([p["row"] for p in parts]).argsort()
+    return {k: torch.cat([p[k] for p in parts])[order] for k, v in parts[0].items() if v.ndim}
+
+
+def expected(folder, loss, batch, drawn, knobs, weights):
+    """Value and gradient of the whole update batch under ``weights``."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.load_state_dict(weights, strict=False)
+    logp, entropy = likelihood(model, drawn)
+    prepared = loss.prepare(batch, knobs)
+    update = batch._replace(coef=prepared.coef, weight=prepared.weight)
+    value = loss.loss(update, PolicyOutput(logp, entropy, {}, None), knobs).policy / prepared.denominator
+    value.backward()
+    return value.item(), {k: p.grad for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_have_the_value_and_gradient_of_the_whole_batch(folder, tmp_path, name, accumulate):
+    """The second step is on the same completions, with ratios that have left one."""
+    loss = base.get(name)()
+    trainer = trainer_of(folder, tmp_path, loss, accumulate)
+    trainer.train()
+    assert trainer.state.global_step == 2 and len(trainer.values) == 2 * accumulate
+    drawn = in_order(trainer._buffered_inputs)
+    knobs = trainer._knobs
+    batch = by_hand(folder, drawn, drawn.get("sampling_per_token_logps"))
+    batch = loss.begin(batch, knobs, loss.memory()).batch
+    for step in range(2):
+        value, gradient = expected(folder, loss, batch, drawn, knobs, trainer.recorder.weights[step])
+        found = sum(trainer.values[step * accumulate : (step + 1) * accumulate])
+        assert found == pytest.approx(value, rel=1e-5, abs=1e-6)
+        for key, grad in trainer.recorder.gradients[step].items():
+            torch.testing.assert_close(grad, gradient[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_the_losses_it_accepts_are_these():
+    assert [n for n in base.names() if not missing(base.get(n)())] == ACCEPTED
