@@ -16,6 +16,7 @@ Glossary of names, used with one meaning everywhere
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -161,10 +162,15 @@ class EnvSpec:
 
 
 def check_types(config: Any) -> None:
-    """Raise ``ValueError`` for a dataclass field that is not of its annotated plain type (int, float, bool, str)."""
+    """Raise ``ValueError`` for a dataclass field that is not of its annotated plain type or none of its literals."""
     for f in fields(config):
         value, wanted = getattr(config, f.name), str(f.type).removesuffix(" | None")
         if value is None and str(f.type).endswith("| None"):
+            continue
+        if wanted.startswith("Literal["):
+            choices = ast.literal_eval(wanted.removeprefix("Literal").replace("[", "(", 1)[:-1] + ",)")
+            if value not in choices:
+                raise ValueError(f"{f.name}={value!r} is unknown; expected one of {', '.join(map(repr, choices))}")
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fine = {

@@ -27,9 +27,9 @@ class CISPO(GroupLoss):
         "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention (CISPO), arXiv:2506.13585, eq. 4"
     )
     differs: ClassVar[str] = (
-        "The paper tunes the upper bound and does not print it; 5 is a common choice of its users. Three functions "
-        "go by this name: this is the paper's, in which the clipped ratio is a constant factor of log pi. A reading "
-        "that masks clipped positions, as PPO does, is not it."
+        "The paper tunes the upper bound; the 5 here is what ScaleRL (arXiv:2510.13786) recommends. Three functions go "
+        "by this name: this is the paper's, in which the clipped ratio is a constant factor of log pi. A reading that "
+        "masks clipped positions, as PPO does, is not it."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "none",

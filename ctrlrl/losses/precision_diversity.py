@@ -53,7 +53,7 @@ class PrecisionDiversity(SFT):
 
     def per_token(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> Tensor:
         logp = torch.where(batch.mask, out.logp, torch.zeros_like(out.logp))
-        gap = -torch.expm1(logp.detach())
+        gap = -torch.expm1(logp)
         gain = head.logp_advantage(logp, gap.clamp(min=GAP_FLOOR) ** self.exponent)
         if self.top_reward == 0 and self.tail_reward == 0:
             return -gain

@@ -234,7 +234,7 @@ class FlowPolicy(ActorCritic):
         features = self._features(obs)
         x = features.new_zeros(len(features), self.action_shape[-1])
         for time in self.times:
-            x = x + self.velocity(features, x, time.expand(len(x))) / self.denoising_steps
+            x = x - self.velocity(features, x, time.expand(len(x))) / self.denoising_steps
         return self.to_env(obs, x.unsqueeze(1))
 
     def sampler(self) -> Sampler:

@@ -18,11 +18,51 @@ from ctrlrl.types import PolicyOutput
 LOSSES = base.names()
 EVERY = pytest.mark.parametrize("name", LOSSES)
 
-SPEAKS_WITHOUT_ADVANTAGE: dict[str, str] = {}
+SPEAKS_WITHOUT_ADVANTAGE: dict[str, str] = {
+    "reinforce": "no baseline by default",
+    "sft": "demonstrations always teach",
+    "precision_diversity": "demonstrations always teach",
+    "super_hf": "the first of equals is imitated",
+    "empg": "the bonus for clear next steps does not depend on outcomes",
+    "epo": "the entropy term",
+    "dcpo": "the pull to the tempered policy",
+}
 """Losses with a gradient although no outcome differs from another, and why."""
-NOT_REINFORCE_AT_ONE: dict[str, str] = {}
+NOT_REINFORCE_AT_ONE: dict[str, str] = {
+    "awm": "the likelihood is the matching loss",
+    "copg": "pairs of the regularised return",
+    "copo": "a blend of two losses",
+    "diffusion_opd": "a teacher, no advantage",
+    "dpo": "pairs",
+    "epo": "the entropy term",
+    "flow_grpo": "its KL to the reference is that of the steps' means",
+    "hpt": "demonstrations take the place of groups that fail",
+    "gbpo": "the target's sign, and its own KL",
+    "grpo_guard": "the ratio is centred and rescaled",
+    "mhpo": "0.265 of it: the hazard at ratio one",
+    "nlpo": "the policy on its support",
+    "p3o": "pairs",
+    "precision_diversity": "likelihood",
+    "real": "labels",
+    "rover": "twice it, and a next value",
+    "rpo": "pairs",
+    "sft": "likelihood",
+    "st_ppo": "averaged over the turn",
+    "steer": "reweighted by the entropy that each position changes",
+    "super_hf": "likelihood",
+    "turn_ppo": "averaged over the turn",
+}
 """Losses whose gradient on the collecting policy is not sum weight x advantage x grad logp, and why."""
-SEEN_ELSEWHERE: dict[str, set[str]] = {}
+SEEN_ELSEWHERE: dict[str, set[str]] = {
+    "adora": {"one_sided"},
+    "bapo": {"low_step", "high_step", "ratio_low_max", "ratio_high_max"},
+    "dcpo": {"hot_temp"},
+    "knapsack": {"size_max"},
+    "qwen_long": {"entropy_low"},
+    "v0": {"start_value"},
+    "nlpo": {"mask_top_p", "mask_every", "mask_min_keep"},
+    "risk_po": {"eps_high"},  # its advantages are never positive, see its own tests
+}
 """Fields that act in the loop or in a selector, outside what this file looks at; each has a test of its own."""
 
 
@@ -185,11 +225,48 @@ def other_values(field, value):
         return [c for c in choices if c != value]
     if isinstance(value, bool):
         return [not value]
+    if isinstance(value, str):
+        return []
     if isinstance(value, int):
         return [value + 1, max(0, value - 1), value * 3 + 2, 1]
     if value is None:
         return [0.37, 2, 1]
     return [value * 1.7 + 0.05, value * 0.3, value * 10 + 1.0, 0.5]
+
+
+def binary(batch):
+    """``batch`` with outcomes 0 and 1: a group that fails, one that is solved, one in between."""
+    score = torch.tensor([0.0] * 4 + [1.0] * 4 + [0.0, 1.0, 0.0, 0.0], dtype=batch.score.dtype)
+    return batch._replace(
+        score=score, success=score > 0.5, sequence_return=score, rewards=torch.stack([score, 1.0 - score], -1)
+    )
+
+
+TOGETHER = {
+    "precision_diversity": {"top_k": {"top_reward": 0.1}},
+    "gdpo": {"weights": {}},
+}
+"""Settings without which a field has nothing to act on."""
+TEXTS = {"gdpo.weights": "1,2"}
+"""Values of fields that are text."""
+
+
+def selected(loss):
+    """What the loss's selector chooses after it has seen some outcomes."""
+    selector = loss.selector()
+    if selector is None:
+        return []
+    features = torch.linspace(-1.0, 1.0, 8).unsqueeze(-1)
+    state = selector.initial(8, features)
+    seen = []
+    for k in range(3):
+        index = torch.arange(8).repeat_interleave(4)
+        score = ((torch.arange(32) * 7 + k) % 8 < index).float()
+        state = selector.learn(state, index, score, features[index])
+        chosen = selector.select(state, 6, 8, 0.5, torch.Generator().manual_seed(0))
+        assert int(chosen.size.sum()) == 48 and int(chosen.size.min()) >= 1 and len(chosen.index) == 6
+        seen += [chosen.index.tolist(), chosen.size.tolist()]
+    return [*seen, {k: v.tolist() for k, v in state.items()}]
 
 
 @EVERY
@@ -198,9 +275,13 @@ def test_every_field_changes_something(name):
     cls = base.get(name)
 
     def observe(loss):
-        seen = []
-        for progress, spread in ((0.1, 0.3), (0.9, 1.2)):
-            case = case_of(loss, spread=spread)
+        seen = [*selected(loss), sorted(loss.required())]
+        for progress, spread, outcome in ((0.1, 0.3, None), (0.9, 1.2, None), (0.5, 0.6, "binary"), (0.3, 0.9, "long"), (0.7, 0.5, "sure")):
+            case = case_of(loss, 40 if outcome == "long" else 12, spread=spread, peak=8.0 if outcome == "sure" else 1.0)
+            if outcome == "long":
+                case = case._replace(batch=case.batch._replace(success=case.batch.score > 0.5))
+            if outcome == "binary":
+                case = case._replace(batch=binary(case.batch))
             knobs = knobs_of(loss, progress) | {"progress": torch.tensor(progress, dtype=torch.float64)}
             memory = loss.memory()
             for _ in range(2):
@@ -219,6 +300,7 @@ def test_every_field_changes_something(name):
                 total = (torch.where(prepared.weight > 0, f(batch, out), 0.0) * prepared.weight).sum()
                 return torch.autograd.grad(total / prepared.denominator, leaf, retain_graph=True)[0].flatten()
 
+            seen += [sums.policy.item() / prepared.denominator.item()]
             seen += [loss.grad_transform(grad.flatten(), gradient_of, knobs).tolist(), sums.policy.item()]
             seen += [v.item() for v in sums.critics.values()]
             seen += [v.tolist() for v in memory.values()] + [loss.keep(start.batch).tolist()]
@@ -230,14 +312,18 @@ def test_every_field_changes_something(name):
                     seen.append(found)
         return seen
 
-    reference = observe(cls())
     for field in dataclasses.fields(cls):
         if field.name in SEEN_ELSEWHERE.get(name, set()):
             continue
         found = []
-        for value in other_values(field, getattr(cls(), field.name)):
+        companions = TOGETHER.get(name, {}).get(field.name, {})
+        reference = observe(cls(**companions))
+        values = other_values(field, getattr(cls(), field.name))
+        if (text := TEXTS.get(f"{name}.{field.name}")) is not None:
+            values = [text]
+        for value in values:
             try:
-                loss = cls(**{field.name: value})
+                loss = cls(**companions | {field.name: value})
             except ValueError:
                 continue
             found.append(observe(loss) != reference)

@@ -85,7 +85,8 @@ def test_normal_ranks_of_interleaved_groups():
         close(got[mine].sum(), f64(0.0).squeeze())
     close(outcome.rank_normal(-x, group), -got)
     close(outcome.rank_normal(x.exp() * 3, group), got)
-    assert outcome.rank_normal(f64(0.1, 0.1, 0.1, 7), torch.tensor([0, 0, 0, 1])).abs().max() == 0
+    for n in range(1, 40):
+        assert outcome.rank_normal(torch.full((n,), 0.1, dtype=F64), torch.zeros(n, dtype=torch.long)).abs().max() == 0
 
 
 def test_the_best_share_their_place():
@@ -105,6 +106,8 @@ def test_gap_to_the_distinct():
     close(outcome.distinct_mean_gap(x, s, group, here, 0.2), f64(0.5, 0.25, -0.25, -0.5))
     close(outcome.distinct_mean_gap(x, s, group, here, 0.0), x - x.mean())
     assert outcome.distinct_mean_gap(x, s, group, here, 2.0).abs().max() == 0
+    at_the_gap = outcome.distinct_mean_gap(f64(1, 0), f64(0.5, 0.25), group[:2], here[:2], 0.25)
+    close(at_the_gap, f64(0.5, -0.5))
     here = torch.tensor([True, False, True, True])
     close(outcome.distinct_mean_gap(x, s, group, here, 0.0), f64(2 / 3, 0, -1 / 3, -1 / 3))
 

@@ -1,6 +1,7 @@
 """ctrlrl's losses inside TRL's GRPOTrainer: same value and gradient as on a batch built by hand, on a random model."""
 
 import os
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
@@ -116,7 +117,8 @@ class Watched(CtrlrlGRPOTrainer):
 
 
 def trainer_of(folder, tmp_path, loss, accumulate=1, rows=8, iterations=2, steps=2, cls=Watched, **settings):
-    loss = base.get(loss)() if isinstance(loss, str) else loss
+    asked = loss
+    loss = (base.get(loss)() if loss in base.names() else GSPO()) if isinstance(loss, str) else loss
     fields = {
         "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "seed": 3,
         "num_generations": GROUP, "per_device_train_batch_size": rows // accumulate,
@@ -132,7 +134,7 @@ def trainer_of(folder, tmp_path, loss, accumulate=1, rows=8, iterations=2, steps
     recorder = Recorder()
     trainer = cls(
         str(folder), [share_of_a, share_of_b], GRPOConfig(**fields),
-        Dataset.from_dict({"prompt": ["a b", "c", "d e f", "g h"], "task": [0, 1, 1, 0]}), loss=loss,
+        Dataset.from_dict({"prompt": ["a b", "c", "d e f", "g h"], "task": [0, 1, 1, 0]}), loss=asked,
         return_range=RETURNS, processing_class=tokenizer(), callbacks=[recorder], **settings,
     )  # fmt: skip
     trainer.values = []
@@ -239,3 +241,140 @@ def test_two_steps_have_the_value_and_gradient_of_the_whole_batch(folder, tmp_pa
 
 def test_the_losses_it_accepts_are_these():
     assert [n for n in base.names() if not missing(base.get(n)())] == ACCEPTED
+
+
+# -- what the whole run must keep -----------------------------------------------------------------
+
+
+def test_memory_and_controllers_live_across_generations_and_checkpoints(folder, tmp_path):
+    """EPO remembers entropies and has a schedule; four steps are two generations."""
+    trainer = trainer_of(folder, tmp_path, "epo", 2, steps=4, save_strategy="steps", save_steps=2)
+    before = {k: v.clone() for k, v in trainer.loss_memory.items()}
+    trainer.train()
+    assert any(not torch.equal(trainer.loss_memory[k].cpu(), v) for k, v in before.items())
+    assert trainer._knobs["progress"].item() == 0.5  # of the second generation
+    logged = [x for x in trainer.state.log_history if "approx_kl" in x]
+    assert len(logged) == 4 and abs(logged[0]["approx_kl"]) < 1e-6 < logged[1]["approx_kl"]
+    again = trainer_of(folder, tmp_path, "epo", 2, steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for key, value in trainer.loss_memory.items():
+        torch.testing.assert_close(again.loss_memory[key], value.cpu())
+    assert again.controller_states == trainer.controller_states
+
+
+def test_rows_tied_together_are_never_parted(folder, tmp_path):
+    trainer = trainer_of(folder, tmp_path, "dpo", 2, rows=16)
+    trainer.train()
+    groups = [trainer._begun["train"].group[x["row"]].tolist() for x in trainer._buffered_inputs]
+    assert all(sorted(g.count(k) for k in set(g)) == [GROUP, GROUP] for g in groups)
+    trainer = trainer_of(folder, tmp_path, "dpo", 4)
+    with pytest.raises(ValueError, match="per_device_train_batch_size=2 to a multiple of num_generations=4"):
+        trainer.train()
+
+
+def test_what_no_function_scored_teaches_nothing(folder, tmp_path):
+    """A function that skips one completion leaves its group's mean alone; a row that all skip is masked."""
+
+    def picky(completion_ids, **_):
+        return [None, *share_of_a(completion_ids[1:])]
+
+    for other, masked in ((share_of_b, False), (picky, True)):
+        trainer = trainer_of(folder, tmp_path, "gspo")
+        trainer.reward_funcs = [picky, other]
+        trainer.train()
+        begun = trainer._begun["train"]
+        assert not begun.rewards.isnan().any() and not begun.advantage.isnan().any()
+        torch.testing.assert_close(begun.rewards[0, 0], begun.rewards[1:GROUP, 0].mean())
+        assert bool(begun.mask[0].any()) is not masked and begun.mask[1:].any(-1).all()
+        if masked:
+            torch.testing.assert_close(begun.sequence_return[0], begun.sequence_return[1:GROUP].mean())
+
+
+def test_turns_lie_between_the_tools(folder, tmp_path):
+    """Tokens that a tool wrote belong to no turn."""
+    trainer = trainer_of(folder, tmp_path, "gspo")
+    trainer.train()
+    drawn = in_order(trainer._buffered_inputs)
+    drawn["tool_mask"] = torch.ones_like(drawn["completion_mask"])
+    drawn["tool_mask"][:, 1:3] = 0
+    batch = trainer._episodes([{}] * len(drawn["row"]), drawn, GROUP)
+    longest = drawn["completion_mask"].sum(-1).argmax()
+    assert batch.turn[longest].tolist()[:4] == [0, -1, -1, 1]
+    assert not batch.mask[:, 1:3].any()
+
+
+def test_evaluation_leaves_the_training_state_alone(folder, tmp_path):
+    data = Dataset.from_dict({"prompt": ["h", "g f"]})
+    trainer = trainer_of(
+        folder, tmp_path, "epo", steps=2, eval_dataset=data, per_device_eval_batch_size=GROUP, eval_strategy="steps",
+        eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer._begun["eval"].mask.shape[0] == GROUP and trainer._begun["train"].mask.shape[0] == 8
+    plain = trainer_of(folder, tmp_path, "epo", steps=2)
+    plain.train()
+    assert {k: v.shape for k, v in trainer.loss_memory.items()} == {k: v.shape for k, v in plain.loss_memory.items()}
+    assert torch.isfinite(torch.tensor([x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x])).all()
+
+
+def test_settings_of_the_loss_reach_it(folder, tmp_path):
+    trainer = trainer_of(folder, tmp_path, GSPO(eps_low=0.5, eps_high=0.6))
+    trainer.train()
+    assert trainer.policy_loss.eps_high == 0.6
+    assert trainer.state.log_history[0]["clip_fraction"] == 0.0
+
+
+# -- what it refuses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "need"),
+    [
+        ("ppo", "values"), ("copo", "answers"), ("steer", "dist_old"), ("sft", "demonstrations"),
+        ("rover", "categorical"), ("aepo", "tempered"), ("knapsack", "known prompts"), ("bapo", "gradient before"),
+        ("simple_tir", "turns"),
+    ],
+)  # fmt: skip
+def test_a_loss_with_another_need_is_refused_by_name(folder, tmp_path, name, need):
+    with pytest.raises(ValueError, match=rf"{name} cannot run in TRL's GRPOTrainer.*{need}"):
+        trainer_of(folder, tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("grpo", {"beta": 0.0}, "needs logp_ref: set GRPOConfig"),
+        ("mini_rl", {"rollout_func": None}, "needs logp_behaviour: set GRPOConfig"),
+        ("gspo", {"epsilon": 0.3, "scale_rewards": "none"}, "sets epsilon, scale_rewards"),
+        ("gspo", {"accumulate": 4, "steps_per_generation": 2}, "steps_per_generation=2 must be a multiple"),
+        ("grop", {}, "no loss named 'grop'.*grpo"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(folder, tmp_path, name, fields, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        trainer_of(folder, tmp_path, name, **fields)
+
+
+def test_scores_and_tasks_must_be_there(folder, tmp_path):
+    trainer = trainer_of(folder, tmp_path, "risk_po")
+    trainer.return_range = (0.0, 0.01)
+    with pytest.raises(ValueError, match="needs scores in .0, 1.*set return_range"):
+        trainer.train()
+    trainer = trainer_of(folder, tmp_path, "qwen_long")
+    trainer.train_dataset = Dataset.from_dict({"prompt": ["a b", "c"]})
+    with pytest.raises(ValueError, match="add an integer column 'task'"):
+        trainer.train()
+
+
+@dataclass(frozen=True)
+class Greedy(GSPO):
+    """Reads the distribution without saying so."""
+
+    def per_token(self, batch, out, knobs):
+        return super().per_token(batch, out, knobs) + out.dist.entropy()
+
+
+def test_a_loss_that_reads_distributions_unannounced_is_told(folder, tmp_path):
+    trainer = trainer_of(folder, tmp_path, Greedy())
+    with pytest.raises(ValueError, match="whole distribution"):
+        trainer.train()

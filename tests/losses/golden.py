@@ -69,7 +69,7 @@ class Case(NamedTuple):
     """A batch in which nothing is missing, and the policy as a function of one leaf tensor."""
 
     leaf: Tensor
-    """[B, T, K] logits, or [B, T, 1] means for losses on Gaussians."""
+    """[B, T, K] logits, or [B, T, 2] means for losses on Gaussians."""
     batch: SequenceBatch
     output: Callable[[Tensor], PolicyOutput]
     """The policy's output at a leaf."""
@@ -85,19 +85,24 @@ def case_of(
     spread: float = 0.3,
     seed: int = 3,
     dtype: torch.dtype = torch.float64,
+    peak: float = 1.0,
 ) -> Case:
-    """Groups of four (or ``rows``) sequences in two tasks, with turns of two positions; ``spread`` 0 is on-policy."""
+    """Groups of four (or ``rows``) sequences in two tasks, with turns of two positions; ``spread`` 0 is on-policy.
+
+    A high ``peak`` makes the collecting policy sure of its choices.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     gaussian = bool(loss.needs & {"gaussian", "denoising", "matching"})
-    size = 1 if gaussian else CHOICES
+    size = 2 if gaussian else CHOICES
     old, ref, behaviour = randn(rows, length, size), randn(rows, length, size), randn(rows, length, size)
+    old = peak * old
     leaf = old + spread * randn(rows, length, size)
-    log_std = torch.full((rows, length, 1), -0.5, dtype=dtype)
-    action = randn(rows, length, 1) if gaussian else torch.randint(CHOICES, (rows, length), generator=g)
+    log_std = torch.full((rows, length, size), -0.5, dtype=dtype)
+    action = randn(rows, length, size) if gaussian else torch.randint(CHOICES, (rows, length), generator=g)
 
     def distribution(x: Tensor) -> DiagonalGaussian | Categorical:
         return DiagonalGaussian(x, log_std[: len(x)]) if gaussian else Categorical(x)
@@ -117,9 +122,11 @@ def case_of(
     wanted = loss.needs | loss.uses
     source, pivot = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
     if "demonstrations" in wanted:
-        source[3::4], success = DEMONSTRATION, success | (torch.arange(rows) % 4 == 3)
+        source[3::4] = DEMONSTRATION
+        solved = torch.arange(rows) % 4 < 2 - group % 3  # groups with two, one and no sequence solved
+        success = solved | (torch.arange(rows) % 4 == 3)
     if "tempered" in wanted:
-        source[3::4] = TEMPERED
+        source[2::4] = source[3::4] = TEMPERED
     if "retries" in wanted:
         source[2::4], source[3::4], pivot = RETRIED, RETRIED, torch.ones(rows, dtype=torch.long)
     support = torch.ones(rows, length, size, dtype=torch.bool)
@@ -154,6 +161,7 @@ def case_of(
         pivot=pivot,
         void=void,
         support=support,
+        coef={"velocity_gain": torch.linspace(0.5, 2.0, length, dtype=dtype).expand(rows, length)} if gaussian else None,
     )
 
     def output(x: Tensor) -> PolicyOutput:

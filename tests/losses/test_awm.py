@@ -79,18 +79,15 @@ def test_the_penalty_is_the_squared_distance_of_the_velocities():
     assert "logp_ref" in loss.required() and "logp_ref" not in AWM(ref_kl_coef=0.0).required()
 
 
-def poisoned(case, leaf):
-    """The policy's output at ``leaf``, with NaN at masked positions."""
-    mask, out = case.batch.mask, case.output(leaf)
-    mean = torch.where(mask.unsqueeze(-1), out.dist.mean, torch.nan)
-    return out._replace(logp=torch.where(mask, out.logp, torch.nan), dist=DiagonalGaussian(mean, out.dist.log_std))
-
-
 def test_masked_positions_are_silent_even_where_they_hold_nan():
     case = case_of(AWM)
-    leaf = case.leaf.requires_grad_()
-    objective(AWM(), begun(AWM(), case.batch), poisoned(case, leaf)).backward()
-    assert (leaf.grad[~case.batch.mask] == 0).all() and (leaf.grad[case.batch.mask] != 0).any()
+    mask, out = case.batch.mask, case.output(case.leaf)
+    mean = torch.where(mask.unsqueeze(-1), case.leaf, torch.nan).requires_grad_()
+    logp = torch.where(mask, out.logp, torch.nan).requires_grad_()
+    out = out._replace(logp=logp, dist=DiagonalGaussian(mean, out.dist.log_std))
+    objective(AWM(), begun(AWM(), case.batch), out).backward()
+    for leaf in (mean, logp):
+        assert (leaf.grad[~mask] == 0).all() and (leaf.grad[mask] != 0).any()
 
 
 def test_equal_outcomes_are_silent_and_the_bound_is_checked():

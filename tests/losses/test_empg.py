@@ -68,7 +68,9 @@ def test_without_turns_every_position_is_one():
 
 def test_what_others_wrote_is_no_turn_and_not_looked_at():
     mask = torch.tensor([[True, False, True], [True, False, False]])
-    batch, _ = episodes([[1.0, torch.nan, 3.0], [1.0, torch.nan, torch.inf]], [1, 0], [[0, -1, 1], [0, -1, -1]], mask)
+    batch, _ = episodes(
+        [[-3.0, torch.nan, -1.0], [-3.0, torch.nan, torch.inf]], [1, 0], [[0, -1, 1], [0, -1, -1]], mask
+    )
     loss = EMPG(center=False, std_floor=1e-12)
     got = begun(loss, batch).advantage
     e = torch.tensor(-1.0, dtype=torch.float64).exp()

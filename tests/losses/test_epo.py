@@ -95,6 +95,7 @@ def test_phases_of_the_released_code():
     batch = begun(constant, case.batch)
     narrow = EPO(bonus_coef=1.0, eps_band_low=1.0, eps_band_high=1e9)
     free, full = (parts(loss, case, batch)[0] for loss in (narrow, constant))
+    assert full > free, "leaving the band is penalised"
     for step, weight in ((0, 1.0), (37, 0.8746), (75, 0.8271), (76, 0.7686), (112, 0.1821), (150, 0.0398)):
         knobs = {"phase": torch.tensor(step / 150, dtype=torch.float64)}
         assert ((parts(phased, case, batch, knobs)[0] - free) / (full - free)).item() == pytest.approx(weight, abs=5e-5)

@@ -108,6 +108,7 @@ def test_masked_steps_are_silent_even_where_they_hold_nan():
     mask = case.batch.mask.unsqueeze(-1)
     leaf = torch.where(mask, case.leaf, torch.nan).requires_grad_()
     batch = case.batch._replace(action=torch.where(mask, case.batch.action, torch.nan))
+    assert (GRPOGuard().log_ratio(batch, case.output(leaf))[~batch.mask] == 0).all()
     objective(GRPOGuard(), begun(GRPOGuard(), batch), case.output(leaf)).backward()
     assert (leaf.grad[~batch.mask] == 0).all() and (leaf.grad[batch.mask] != 0).any()
 

@@ -36,20 +36,22 @@ def test_equal_norms_give_grpos_numerator():
 
 
 def test_gaussian_norms_and_lengths():
-    """Distances 1 and 3 of means in standard deviations of 2: norms (1/4)^2 and (3/4)^2, so b = 9/10 of the second."""
+    """Distance 1 at deviation 2 and distance 3 at deviation 1: norms (1/4)^2 and 3^2, so b = 144/145."""
     batch, _ = batch_of(
         torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3), torch.tensor([[1, 0, 0], [1, 1, 1]]) > 0
     )
     action = torch.zeros(2, 3, 1, dtype=torch.float64)
     action[0, 0], action[1, 1], action[0, 1] = 1.0, -3.0, torch.nan
-    log_std = torch.full((2, 3, 1), 2.0, dtype=torch.float64).log()
+    log_std = torch.tensor([2.0, 1.0], dtype=torch.float64).log().view(2, 1, 1).expand(2, 3, 1)
     batch = batch._replace(
         action=action,
         dist_old={"mean": torch.zeros_like(action), "log_std": log_std},
         sequence_return=torch.tensor([0.0, 1.0], dtype=torch.float64),
         group=torch.zeros(2, dtype=torch.long),
     )
-    torch.testing.assert_close(begun(OBLRPO(), batch).advantage[:, 0], torch.tensor([-0.9, 0.1], dtype=torch.float64))
+    torch.testing.assert_close(
+        begun(OBLRPO(), batch).advantage[:, 0], torch.tensor([-144, 1], dtype=torch.float64) / 145
+    )
     by_length = begun(OBLRPO(norm="length"), batch).advantage[:, 0]
     torch.testing.assert_close(by_length, torch.tensor([-0.75, 0.25], dtype=torch.float64))
     assert "dist_old" in OBLRPO().required() and "dist_old" not in OBLRPO(norm="length").required()
@@ -90,6 +92,8 @@ def test_the_gradient_is_scaled_by_its_share_of_signal():
     torch.testing.assert_close(same, whole)
     opposed, _ = factor(column(-2, -4, 2, 4), 2)
     assert opposed.abs().max() == 0
+    against, whole = factor(column(-2, -4, 2, 0), 2)
+    assert whole.abs().max() > 0 and against.abs().max() == 0
     plain, whole = factor(column(-2, -4, -2, 0), 2, snr_step=False)
     assert torch.equal(plain, whole)
 

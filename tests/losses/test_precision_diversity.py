@@ -57,6 +57,7 @@ def test_rewards_of_other_actions_by_rank():
 def test_actions_that_do_not_exist_and_rows_that_are_not_shown():
     batch, logits = shown([0.5, 0.5, 0.0])
     loss = PrecisionDiversity(exponent=0.0, tail_reward=-1.0, top_k=1)
+    assert objective(loss, batch, categorical_output(logits, batch.action)).isfinite()
     got = ascent(loss, batch, logits)
     assert got[:2].tolist() == pytest.approx([0.5 * (2 - 0.5), 0.5 * (-1 - 0.5)]) and got[2] == 0
     batch, logits = shown([0.5, 0.5])

@@ -103,7 +103,9 @@ def test_the_cache_agrees(kind):
     ended = torch.arange(9) % 2 == 0
     state = policy.extend(state, torch.where(ended, -1, action[:, 2]))
     assert state.logits.isfinite().all()
-    torch.testing.assert_close(log(state.logits)[~ended], policy.distribution(obs[:, 3]).logits[~ended], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        log(state.logits)[~ended], policy.distribution(obs[:, 3]).logits[~ended], atol=1e-5, rtol=0
+    )
     with pytest.raises(ValueError, match="equally many"):
         policy.prefill(obs[0])
     with pytest.raises(ValueError, match="at least 1"):

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run.test_report import make_run, page
 
 from ctrlrl.engine.diagnose import QUANTILES, WEIGHT_EDGES
 from ctrlrl.run import report_figures as figures
 from ctrlrl.run import report_updates as updates
 from ctrlrl.run.report_runs import load
-from run.test_report import make_run, page
 
 BINS = len(WEIGHT_EDGES) + 1
 MIDDLE = BINS // 2
