@@ -156,7 +156,11 @@ def compare(name: str, ours: Run, theirs: Run, logp: Tensor) -> None:
     for key, value in found[1].items():
         size = float(logp.numel()) if key in ("approx_kl", "clip_fraction") else 1.0  # these are sums
         torch.testing.assert_close(
-            found[0][key] / size, value.to(logp.dtype) / size, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{name} {k}: {m}"
+            found[0][key] / size,
+            value.to(logp.dtype) / size,
+            rtol=1e-3,
+            atol=1e-5,
+            msg=lambda m, k=key: f"{name} {k}: {m}",
         )
 
 
@@ -172,6 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # all contestants share the code object that differentiates
     batch, logp = batch_of(args.rows, args.length, args.seed)
     contestants = {}
     for name in args.losses:
@@ -181,7 +186,6 @@ def main() -> None:
             ours, theirs = library(loss, begun, metrics), by_hand(name, loss, begun, metrics)
             compare(name, ours, theirs, logp)
             for mode in args.modes:
-                torch.compiler.reset()
                 pair = [differentiated(run, mode == "compiled") for run in (ours, theirs)]
                 for function in pair:
                     function(logp)  # compiles, and warms up

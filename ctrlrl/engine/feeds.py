@@ -34,7 +34,10 @@ def make_reference(policy: Policy, loss: PolicyLoss, config: OnPolicyConfig) -> 
     reference = copy.deepcopy(policy).requires_grad_(False)
     if settings.reference is not None:
         path = Path(settings.reference) / runfolder.CHECKPOINTS / "last.safetensors"
-        load_module(reference, checkpoint.read(path)[0], "policy/")
+        # its critics are not asked, so the run may have been of a method with others
+        own = {f"policy/{k}": v for k, v in reference.state_dict().items() if k.startswith("critics.")}
+        found = {k: v for k, v in checkpoint.read(path)[0].items() if not k.startswith("policy/critics.")}
+        load_module(reference, found | own, "policy/")
     return reference
 
 

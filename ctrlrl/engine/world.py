@@ -19,6 +19,7 @@ from ctrlrl.types import World
 Policy: TypeAlias = ActorCritic | FlowPolicy | TransformerPolicy | TabularPolicy
 
 _DENOISING: frozenset[Need] = frozenset({"denoising", "matching"})
+_SINGLE: frozenset[Need] = frozenset({"categorical", "support", "plain_action"})
 _CAPABILITY: dict[str, World] = {"tokens": "tokens", "discrete": "discrete", "box": "continuous", "flow": "flow"}
 
 
@@ -43,7 +44,7 @@ def world_of(action_space: gym.Space, tokens: Mapping[str, Any] | None, kind: st
 
 def whole_episodes(world: World, needs: frozenset[Need]) -> bool:
     """Whether rows are whole episodes: always for tokens, in control where a loss looks at more than transitions."""
-    return world == "tokens" or bool(needs - FLAT - _DENOISING - {"gaussian", "teacher", "categorical", "tree"})
+    return world == "tokens" or bool(needs - FLAT - _DENOISING - {"gaussian", "teacher", "categorical", "plain_action", "tree"})
 
 
 def defaults(world: World, needs: frozenset[Need]) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def defaults(world: World, needs: frozenset[Need]) -> dict[str, Any]:
 def lacking(action_space: gym.Space, needs: frozenset[Need]) -> frozenset[Need]:
     """Needs that this action space rules out within its world: several choices at once are not one categorical."""
     if isinstance(action_space, gym.spaces.MultiDiscrete):
-        return needs & frozenset(["categorical", "support"])
+        return needs & _SINGLE
     return frozenset()
 
 
@@ -79,15 +80,15 @@ def check_world(loss: PolicyLoss, world: World, action_space: gym.Space, config:
 def capabilities(loss: type[PolicyLoss]) -> frozenset[str]:
     """What agents of ``loss`` promise (see ``Agent.capabilities``), from what it needs."""
     # cudagraphs is not among them before a machine with a GPU has run its test
-    found = {"resume", "vector", "dict_obs", "image_obs", "gpu"}
+    found = {"resume", "gpu"}
     runs = {world: not missing(loss.needs, world, teacher=True) for world in WORLDS}
     found |= {name for name, world in _CAPABILITY.items() if runs[world]}
-    if runs["discrete"] and not loss.needs & {"categorical", "support"}:
+    if runs["discrete"] and not loss.needs & _SINGLE:
         found.add("multidiscrete")
-    if not whole_episodes("continuous", loss.needs):
-        found.add("compile")
-    if not runs["discrete"] and not runs["continuous"]:
-        found -= {"vector", "dict_obs", "image_obs"}
+    if runs["discrete"] or runs["continuous"] or runs["flow"]:
+        found |= {"vector", "dict_obs", "image_obs"}
+        if not whole_episodes("continuous", loss.needs):
+            found.add("compile")
     return frozenset(found)
 
 

@@ -133,6 +133,9 @@ class NoDistribution:
         )
 
 
+NO_DISTRIBUTION: Any = NoDistribution()
+
+
 class CtrlrlGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with a ctrlrl loss in place of its own.
 
@@ -149,6 +152,13 @@ class CtrlrlGRPOTrainer(GRPOTrainer):
     Raises:
         ValueError: The loss needs what TRL does not provide, or settings contradict each other.
     """
+
+    # set by TRL
+    args: Any
+    model: Any
+    accelerator: Any
+    num_generations: Any
+    num_generations_eval: Any
 
     def __init__(
         self,
@@ -181,7 +191,7 @@ class CtrlrlGRPOTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            drawn = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            drawn: Any = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
             mine = rows(self._begun["train"], drawn["row"])
             together, size = self.policy_loss.together(mine), self.args.per_device_train_batch_size
             if together is not None and size % self.num_generations:
@@ -191,12 +201,12 @@ class CtrlrlGRPOTrainer(GRPOTrainer):
                     "that no micro-batch cuts through them"
                 )
             order = shuffled(len(drawn["row"]), together, size, torch.default_generator).tolist()
-            drawn = {
+            mixed: Any = {
                 k: v if v is None or (isinstance(v, Tensor) and v.ndim == 0)
                 else v[order] if isinstance(v, Tensor) else [v[n] for n in order]
                 for k, v in drawn.items()
             }  # fmt: skip
-            self._buffered_inputs = [unsplit_pixel_values_by_grid(x) for x in split_tensor_dict(drawn, steps)]
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(x) for x in split_tensor_dict(mixed, steps)]
         return self._buffered_inputs[self._step % steps]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -302,7 +312,7 @@ class CtrlrlGRPOTrainer(GRPOTrainer):
         batch, denominator, count, last = self._micro_batch(inputs)
         logp, entropy, auxiliary = self._outputs(model, inputs)
         width = batch.mask.shape[1] - logp.shape[1]
-        out = PolicyOutput(pad(logp, (0, width)), pad(entropy, (0, width)), {}, NoDistribution())
+        out = PolicyOutput(pad(logp, (0, width)), pad(entropy, (0, width)), {}, NO_DISTRIBUTION)
         sums = self.policy_loss.loss(batch, out, self._knobs)
         total = sums.policy / denominator
         for value in sums.critics.values():

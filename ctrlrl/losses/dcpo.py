@@ -41,7 +41,7 @@ class DCPO(ClippedGroupLoss):
         "advantage": "(R - group mean) / group std, plus tempered / old policy on successes",
         "regulariser": "REINFORCE under the tempered policy",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "sequence_return", "score", "dist_old"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"plain_action", "groups", "sequence_return", "score", "step_dist"})
     aggregation: ClassVar[Aggregation] = "token_mean"
 
     eps_high: float = 0.28

@@ -11,14 +11,15 @@ Slot: TypeAlias = Literal["mask", "ratio", "advantage", "likelihood", "regularis
 SLOTS: tuple[Slot, ...] = ("mask", "ratio", "advantage", "likelihood", "regulariser", "selection")
 
 Need: TypeAlias = Literal[
-    "values", "dist_old", "groups", "sequence_return", "score", "success", "rewards", "answers", "preferences",
+    "values", "dist_old", "step_dist", "groups", "sequence_return", "score", "success", "rewards", "answers", "preferences",
     "turns", "tasks", "logp_ref", "logp_behaviour", "demonstrations", "hints", "retries", "tempered", "replay",
-    "support", "categorical", "tree", "gaussian", "teacher", "denoising", "matching",
+    "support", "categorical", "plain_action", "tree", "gaussian", "teacher", "denoising", "matching",
 ]  # fmt: skip
 
 NEEDS: dict[Need, str] = {
     "values": "a value function and advantages along time",
     "dist_old": "the collecting policy's whole action distribution",
+    "step_dist": "the action distribution of each step of an episode, known before updating begins",
     "groups": "several sequences from the same prompt or reset seed",
     "sequence_return": "the return of the whole sequence",
     "score": "an outcome in [0, 1]",
@@ -37,6 +38,7 @@ NEEDS: dict[Need, str] = {
     "replay": "sequences of earlier iterations",
     "support": "the actions allowed when sampling, by a lagged copy of the policy",
     "categorical": "one choice among finitely many actions, with all their probabilities",
+    "plain_action": "a categorical or a Gaussian action, not several choices at once",
     "tree": "states that remember the whole history, so that the states form a tree",
     "gaussian": "Gaussian actions or denoising steps",
     "teacher": "a teacher's policy (--reference RUN)",
@@ -45,7 +47,7 @@ NEEDS: dict[Need, str] = {
 }
 
 _EVERYWHERE: frozenset[Need] = frozenset(
-    ["values", "dist_old", "groups", "sequence_return", "score", "success", "rewards", "answers", "preferences",
+    ["values", "dist_old", "step_dist", "plain_action", "groups", "sequence_return", "score", "success", "rewards", "answers", "preferences",
      "tasks", "logp_ref", "logp_behaviour", "retries", "tempered", "replay"]
 )  # fmt: skip
 PROVIDES: dict[World, frozenset[Need]] = {
@@ -53,7 +55,7 @@ PROVIDES: dict[World, frozenset[Need]] = {
     "discrete": _EVERYWHERE | {"support", "categorical"},
     "continuous": _EVERYWHERE | {"gaussian"},
     # a sequence is the denoising of one action there, so nothing that restarts or tempers an episode applies
-    "flow": _EVERYWHERE - {"logp_behaviour", "retries", "tempered", "replay"} | {"gaussian", "denoising", "matching"},
+    "flow": _EVERYWHERE - {"step_dist", "logp_behaviour", "retries", "tempered", "replay"} | {"gaussian", "denoising", "matching"},
 }
 """What the on-policy loop can put before a loss in each world; a teacher is there when the user names one."""
 

@@ -37,7 +37,7 @@ class OBLRPO(ClippedGroupLoss):
         "advantage": "R - mean weighted by squared score norms",
         "regulariser": "gradient scaled by its signal-to-noise ratio",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "sequence_return", "dist_old"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"plain_action", "groups", "sequence_return", "step_dist"})
 
     norm: Literal["score", "length"] = "score"
     """What stands for the squared score norm: the head's score, or the number of positions."""
@@ -45,7 +45,7 @@ class OBLRPO(ClippedGroupLoss):
     """Scale each gradient by eta; costs two more gradients per step."""
 
     def required(self) -> frozenset[Need]:
-        return self.needs - ({"dist_old"} if self.norm == "length" else set())
+        return self.needs - ({"step_dist"} if self.norm == "length" else set())
 
     def outcome_advantage(self, batch: SequenceBatch) -> Tensor:
         assert batch.sequence_return is not None and batch.group is not None

@@ -30,6 +30,7 @@ SPEAKS_WITHOUT_ADVANTAGE: dict[str, str] = {
 """Losses with a gradient although no outcome differs from another, and why."""
 NOT_REINFORCE_AT_ONE: dict[str, str] = {
     "awm": "the likelihood is the matching loss",
+    "capo": "positions are rejected",
     "copg": "pairs of the regularised return",
     "copo": "a blend of two losses",
     "diffusion_opd": "a teacher, no advantage",

@@ -94,6 +94,7 @@ def test_quantiles_are_torchs():
 @pytest.mark.parametrize("name", ["ppo", "bpo", "grpo", "dpo", "copg"])
 def test_weights_are_those_of_the_golden_tables_whatever_the_slices(name, monkeypatch):
     loss, batch, out = case_of(name)
+    batch = batch._replace(group=torch.arange(12) % 3)  # rows of a group do not lie side by side
     leaf = out.logp.detach().requires_grad_()
     weight = golden.weights(loss, batch, out._replace(logp=leaf), golden.knobs_of(loss))[batch.mask]
     whole = found(loss, batch, out)
@@ -202,12 +203,12 @@ def test_it_draws_nothing_and_leaves_the_batch_and_the_policy_alone():
     batch, before = seen["batch"], {k: v.clone() for k, v in agent.tensors().items()}
     copies = [v.clone() if isinstance(v, torch.Tensor) else v for v in batch]
     state = torch.get_rng_state()
-    first = diagnose.diagnose(agent.policy, agent.loss, batch, seen["knobs"])
+    first, _ = diagnose.look(agent.policy, agent.loss, batch, seen["knobs"], 1, 0)
     assert torch.equal(torch.get_rng_state(), state) and same(before, agent.tensors())
     assert all(p.grad is None for p in agent.policy.parameters())
     assert all(a.equal(b) for a, b in zip(copies, batch, strict=True) if isinstance(a, torch.Tensor))
     # before the update all ratios are one, and nothing has moved
-    assert first.scalars["ratio_q01"] == first.scalars["ratio_q99"] == 1.0 and first.scalars["kl_k3"] == 0.0
+    assert first["diagnose/ratio_q01"] == first["diagnose/ratio_q99"] == 1.0 and first["diagnose/kl_k3"] == 0.0
 
 
 SEEN = {

@@ -173,6 +173,12 @@ class WrongKind(Counter):
     observation_space = gym.spaces.Box(0, 255, (1,), np.uint8)
 
 
+class Switches(Noisy):
+    """Two choices at once."""
+
+    action_space = gym.spaces.MultiDiscrete([2, 3])
+
+
 class AddOne(gym.RewardWrapper):
     """A wrapper with an argument."""
 
@@ -186,7 +192,7 @@ class AddOne(gym.RewardWrapper):
 
 NAMES = (
     "OnlyTruncates", "OnlyTerminates", "BothAtOnce", "Noisy", "ActionEcho", "NaNAt", "NaNFinal", "DictObs", "Image",
-    "Choice", "ParametricToy", "WrongShape", "WrongKind",
+    "Choice", "ParametricToy", "Switches", "WrongShape", "WrongKind",
 )  # fmt: skip
 
 for _name in NAMES:

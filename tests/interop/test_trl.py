@@ -358,7 +358,7 @@ def test_settings_that_contradict_each_other_are_refused(folder, tmp_path, name,
 def test_scores_and_tasks_must_be_there(folder, tmp_path):
     trainer = trainer_of(folder, tmp_path, "risk_po")
     trainer.return_range = (0.0, 0.01)
-    with pytest.raises(ValueError, match="needs scores in .0, 1.*set return_range"):
+    with pytest.raises(ValueError, match=r"needs scores in .0, 1.*set return_range"):
         trainer.train()
     trainer = trainer_of(folder, tmp_path, "qwen_long")
     trainer.train_dataset = Dataset.from_dict({"prompt": ["a b", "c"]})

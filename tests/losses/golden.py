@@ -134,7 +134,7 @@ def case_of(
         support = torch.rand(rows, length, size, generator=g) < 0.6
         support |= torch.nn.functional.one_hot(action, size).bool()
     void = torch.zeros(rows, length, dtype=torch.bool)
-    void[1, 0] = True
+    void[1:2, 0] = True
     batch = SequenceBatch(
         obs=torch.zeros(rows, length, 1, dtype=dtype),
         action=action,

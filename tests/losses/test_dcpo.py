@@ -60,6 +60,16 @@ def test_size_of_the_blend():
     assert stats["sampled_entropy"].item() == pytest.approx(entropy)
 
 
+def test_grpo_keeps_the_rest_of_the_weight():
+    """Rows that failed have (1 - a) A: with a gap of .05 and a quarter of successes, 5/6 of GRPO's."""
+    case = case_of(DCPO, rows=4)
+    entropy = -case.batch.logp_old[case.batch.mask].mean().item()
+    returns = torch.tensor([1.0, 0, 0, 0]).double()
+    batch = case.batch._replace(score=returns, sequence_return=returns)
+    got = begun(DCPO(entropy_target=entropy + 0.05), batch).advantage[1:, 0]
+    torch.testing.assert_close(got, torch.full((3,), -5 / 12).double(), atol=1e-5, rtol=0)
+
+
 def test_at_the_target_it_is_grpo():
     case = case_of(DCPO)
     entropy = -case.batch.logp_old[case.batch.mask].mean().item()

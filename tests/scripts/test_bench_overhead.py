@@ -33,7 +33,9 @@ def test_a_short_run_writes_a_row_for_every_contest(script, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["bench_overhead.py", *arguments])
     script.main()
     document = json.loads(out.read_text())
-    assert [(r["loss"], r["metrics"]) for r in document["table"]] == [(n, m) for n in script.LOSSES for m in (False, True)]
+    assert [(r["loss"], r["metrics"]) for r in document["table"]] == [
+        (n, m) for n in script.LOSSES for m in (False, True)
+    ]
     assert all(r["ratio"] > 0 and r["rounds"] == 1 for r in document["table"])
     assert document["arguments"]["rows"] == 16 and document["versions"]["torch"] == torch.__version__
 
