@@ -93,23 +93,24 @@ def test_the_library_never_imports_its_environments():
 
 def configurations():
     from ctrlrl.api import methods
-    from ctrlrl.engine.config import OnPolicyConfig
+    from ctrlrl.engine.config import EpisodesConfig, OnPolicyConfig
     from ctrlrl.losses import base
     from ctrlrl.nets.actor_critic import NetworkConfig
     from ctrlrl.run import cli
     from ctrlrl.types import EnvSpec
 
     verbs = [c for c in vars(cli).values() if dataclasses.is_dataclass(c) and c.__module__ == cli.__name__]
-    return [OnPolicyConfig, NetworkConfig, EnvSpec, *verbs, *(base.get(name) for name in methods())]
+    return [OnPolicyConfig, NetworkConfig, EpisodesConfig, EnvSpec, *verbs, *(base.get(name) for name in methods())]
 
 
 @pytest.mark.parametrize("cls", configurations(), ids=lambda c: c.__name__)
 def test_every_setting_is_frozen_and_explained(cls):
     assert cls.__dataclass_params__.frozen
-    body = ast.parse(inspect.getsource(cls)).body[0].body
+    bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
     explained = {
         one.target.id
-        for one, following in itertools.pairwise(body)
+        for base in bases
+        for one, following in itertools.pairwise(ast.parse(inspect.getsource(base)).body[0].body)
         if isinstance(one, ast.AnnAssign)
         and isinstance(following, ast.Expr)
         and isinstance(following.value, ast.Constant)
@@ -120,13 +121,17 @@ def test_every_setting_is_frozen_and_explained(cls):
 
 def test_every_setting_has_one_meaning():
     """The flags of the run, the loop, the network and the loss share one flat space."""
-    from ctrlrl.engine.config import OnPolicyConfig
+    from ctrlrl.engine.config import EpisodesConfig, OnPolicyConfig
     from ctrlrl.nets.actor_critic import NetworkConfig
     from ctrlrl.run.cli import Train
 
     for loss in configurations():
         if hasattr(loss, "per_token"):
-            names = [f.name for c in (Train, OnPolicyConfig, NetworkConfig, loss) for f in dataclasses.fields(c)]
+            names = [
+                f.name
+                for c in (Train, OnPolicyConfig, NetworkConfig, EpisodesConfig, loss)
+                for f in dataclasses.fields(c)
+            ]
             assert len(names) == len(set(names)), loss.__name__
 
 

@@ -36,7 +36,7 @@ class Episodes(NamedTuple):
     logp_behaviour: Tensor | None = None
     """[B, T] log-probabilities as the sampler computed them; under the temperature they were drawn with."""
     turn: Tensor | None = None
-    """[B, T] int64, -1 where the policy did not write."""
+    """[B, T] int64, -1 where the environment wrote and after the end."""
     task: Tensor | None = None
     """[B] int64."""
     success: Tensor | None = None

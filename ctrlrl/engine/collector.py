@@ -260,7 +260,7 @@ class Collector:
         if len(seeds) != n_groups:
             raise ValueError(f"found {len(seeds)} seeds for {n_groups} groups; every group needs one")
         group = torch.arange(n_groups).repeat_interleave(group_size)
-        return self.collect_episodes([int(seeds[g]) for g in group], group, max_steps, generator)
+        return self.collect_episodes([int(seeds[g]) for g in group.tolist()], group, max_steps, generator)
 
     def collect_episodes(
         self,

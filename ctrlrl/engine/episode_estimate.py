@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ctrlrl.core import advantage
+from ctrlrl.core.support import restricted_logp
 from ctrlrl.data.episodes import Episodes
 from ctrlrl.engine.config import OnPolicyConfig
 from ctrlrl.losses.needs import Need
-from ctrlrl.nets.heads import Categorical
 from ctrlrl.types import Obs, SequenceBatch
 
 ROWS = 256
@@ -68,7 +68,7 @@ def estimate_episodes(
         reference = None
     logp, value = found["logp"], found["value"]
     if e.support is not None:
-        logp = Categorical(found["dist"]["logits"].masked_fill(~e.support, -torch.inf)).log_prob(e.action)
+        logp = restricted_logp(found["dist"]["logits"], e.support, e.action)
     exists = torch.arange(e.mask.shape[1], device=e.mask.device) < e.length.unsqueeze(1)
     zero = torch.zeros_like(logp)
     ref = None if reference is None else outputs(reference, e.obs, e.action, False)

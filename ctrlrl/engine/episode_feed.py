@@ -129,9 +129,7 @@ class EpisodeFeed:
                 self.features = self._features(self.pool)
             if not self.selector_state:
                 self.selector_state = self.selector.initial(len(self.pool), self.features)
-            return self.selector.select(
-                self.selector_state, settings.n_groups, settings.group_size, progress, noise
-            )
+            return self.selector.select(self.selector_state, settings.n_groups, settings.group_size, progress, noise)
         count = len(self.pool) if self.pool is not None else settings.n_groups
         order = torch.randperm(count, generator=noise)
         index = order.repeat(math.ceil(settings.n_groups / count))[: settings.n_groups]
@@ -166,7 +164,7 @@ class EpisodeFeed:
         env = environments.build_env(self.spec)
         try:
             space = env.observation_space
-            rows = [gym.spaces.flatten(space, env.reset(seed=s)[0]) for s in pool]
+            rows = [np.asarray(gym.spaces.flatten(space, env.reset(seed=s)[0])) for s in pool]
         finally:
             env.close()
         return torch.from_numpy(np.stack(rows)).float()

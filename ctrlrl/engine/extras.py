@@ -47,14 +47,13 @@ def draw_all(
     parts, sources = [main], [_like(main, ON_POLICY)]
     if "tempered" in wanted:
         chosen = tempered_groups(group, settings.tempered_share, noise)
-        part = player.play([seeds[k] for k in chosen], group[chosen], temperature=temperature)
+        part = player.play([seeds[k] for k in chosen.tolist()], group[chosen], temperature=temperature)
         parts.append(part)
         sources.append(_like(part, TEMPERED))
-    if "demonstrations" in wanted:
-        if main.solution is not None:
-            part = demonstrations(player, main, seeds)
-            parts.append(part)
-            sources.append(_like(part, DEMONSTRATION))
+    if "demonstrations" in wanted and main.solution is not None:
+        part = demonstrations(player, main, seeds)
+        parts.append(part)
+        sources.append(_like(part, DEMONSTRATION))
     source = torch.cat(sources)
     return Drawn(parts, source, torch.zeros_like(source), discarded)
 
@@ -78,7 +77,7 @@ def demonstrations(player: Player, main: Episodes, seeds: Sequence[int]) -> Epis
     solution = main.solution[first]
     steps = solution.shape[1]
     length = torch.full((len(first),), steps, device=solution.device)
-    part = player.play([seeds[k] for k in first], main.group[first], forced=solution, forced_length=length)
+    part = player.play([seeds[k] for k in first.tolist()], main.group[first], forced=solution, forced_length=length)
     mask = pad(solution, part.mask.shape[1], -1)[:, : part.mask.shape[1]] >= 0
     exists = torch.arange(part.mask.shape[1], device=mask.device) < part.length.unsqueeze(1)
     return part._replace(mask=mask & exists)
@@ -98,7 +97,7 @@ def with_hints(player: Player, loss: Any, main: Episodes, seeds: Sequence[int]) 
         forced = torch.where(hinted, solution, -1)
         steps = torch.full((len(rows),), forced.shape[1], device=forced.device)
         discarded += int(main.length[rows].sum())
-        again = player.play([seeds[k] for k in rows], main.group[rows], forced=forced, forced_length=steps)
+        again = player.play([seeds[k] for k in rows.tolist()], main.group[rows], forced=forced, forced_length=steps)
         kept = (~hard).nonzero().flatten()
         joined = concatenate([take(main, kept), again._replace(solution=solution)])
         main = take(joined, torch.argsort(torch.cat([kept, rows])))
@@ -118,7 +117,7 @@ def with_retries(player: Player, seeds: Sequence[int], group: Tensor, noise: tor
         raise ValueError(f"retries pair the episodes of a group, so their number must be even; found {sizes.tolist()}")
     rank = torch.arange(len(group)) - _first(group)
     half = (rank < sizes[group] // 2).nonzero().flatten()
-    chosen = [seeds[k] for k in half]
+    chosen = [seeds[k] for k in half.tolist()]
     base = player.play(chosen, group[half])
     pivot = _pivots(base, noise)
     again = player.play(chosen, group[half], forced=base.action, forced_length=pivot)

@@ -178,6 +178,7 @@ class _Kept:
             with torch.autocast(noise.device.type, draw.dtype or torch.bfloat16, enabled=draw.dtype is not None):
                 dist = policy.distribution(obs)
             support = None if draw.support is None else draw.support(obs)
+            assert dist is not None
             dist = drawn_from(dist, draw.temperature, support)
             action = dist.sample(noise)
             if support is not None:

@@ -80,14 +80,15 @@ class OnPolicyAgent(Agent):
         loss_type = losses.get(self.method)
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
-        self._live = None if isinstance(resolved, EnvSpec) else resolved
-        self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
         self.observation_space, self.action_space, self.tokens = environments.describe(resolved)
         kind = str(settings.get("policy", "auto"))
         self.world = world_of(self.action_space, self.tokens, kind, loss_type.needs)
-        if self._live is None and self.env_spec and backend is None and whole_episodes(self.world, loss_type.needs):
+        episodes = whole_episodes(self.world, loss_type.needs)
+        if episodes and isinstance(resolved, EnvSpec) and backend in (None, "auto"):
             # EnvPool cannot start episodes from given seeds
-            self.env_spec = environments.resolve(self.env_spec, backend="sync")
+            resolved = environments.resolve(dataclasses.replace(resolved, backend="sync"))
+        self._live = None if isinstance(resolved, EnvSpec) else resolved
+        self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
         config, self.loss = build(loss_type, settings, preset, defaults(self.world, loss_type.needs))
         check_world(self.loss, self.world, self.action_space, config)
         self.n_envs = self.env_spec.n_envs if self._live is None and self.env_spec else environments.width(resolved)
@@ -107,9 +108,8 @@ class OnPolicyAgent(Agent):
             compile = False
         self.updater = Updater(self.policy, self.loss, self.config, compile)
         self.reference = make_reference(self.policy, self.loss, self.config)
-        self.collector = Collector(
-            self._source(), self.policy, self.config.n_steps, device=self.device, seed=self.seed
-        )
+        actor: Any = self.policy
+        self.collector = Collector(self._source(), actor, self.config.n_steps, device=self.device, seed=self.seed)
         self.feed = make_feed(
             self.collector, self.env_spec, self.tokens, self.world, self.policy, self.reference, self.loss,
             self.config, self.reward_normalizer, self.seed,

@@ -44,7 +44,9 @@ def world_of(action_space: gym.Space, tokens: Mapping[str, Any] | None, kind: st
 
 def whole_episodes(world: World, needs: frozenset[Need]) -> bool:
     """Whether rows are whole episodes: always for tokens, in control where a loss looks at more than transitions."""
-    return world == "tokens" or bool(needs - FLAT - _DENOISING - {"gaussian", "teacher", "categorical", "plain_action", "tree"})
+    return world == "tokens" or bool(
+        needs - FLAT - _DENOISING - {"gaussian", "teacher", "categorical", "plain_action", "tree"}
+    )
 
 
 def defaults(world: World, needs: frozenset[Need]) -> dict[str, Any]:
@@ -64,7 +66,8 @@ def lacking(action_space: gym.Space, needs: frozenset[Need]) -> frozenset[Need]:
 def check_world(loss: PolicyLoss, world: World, action_space: gym.Space, config: OnPolicyConfig) -> None:
     """Raise ``ConfigError`` if the loop cannot run ``loss`` here, with each missing need, or with these settings."""
     required = loss.required()
-    absent = sorted({*missing(required, world, config.episodes.reference is not None), *lacking(action_space, required)})
+    absent: list[Need] = missing(required, world, config.episodes.reference is not None)
+    absent += sorted(lacking(action_space, required))
     if absent:
         what = "; ".join(f"{need} ({NEEDS[need]})" for need in absent)
         raise ConfigError(f"{loss.name} cannot run on {WORLDS[world]} here: it needs {what}")

@@ -206,7 +206,8 @@ class CtrlrlGRPOTrainer(GRPOTrainer):
                 else v[order] if isinstance(v, Tensor) else [v[n] for n in order]
                 for k, v in drawn.items()
             }  # fmt: skip
-            self._buffered_inputs = [unsplit_pixel_values_by_grid(x) for x in split_tensor_dict(mixed, steps)]
+            parts: Any = split_tensor_dict(mixed, steps)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(x) for x in parts]
         return self._buffered_inputs[self._step % steps]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -30,7 +30,11 @@ class BPO(PolicyLoss):
         "value trunk; here the temperature is lam (preset 'released': 1) and the median is a critic of its own. "
         "Returns are those of normalised rewards unless normalize_reward is off."
     )
-    slots: ClassVar[Mapping[Slot, str]] = {"mask": "distance to a bounded target ratio", "ratio": "token", "advantage": "return minus median"}
+    slots: ClassVar[Mapping[Slot, str]] = {
+        "mask": "distance to a bounded target ratio",
+        "ratio": "token",
+        "advantage": "return minus median",
+    }
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
     critics: ClassVar[tuple[str, ...]] = ("value", "median")
     loop_defaults: ClassVar[Mapping[str, Any]] = {"max_grad_norm": 1.0}

@@ -24,7 +24,11 @@ class BPOMean(PolicyLoss):
     """
 
     paper: ClassVar[str] = "Bounded Ratio Reinforcement Learning (BPO), arXiv:2604.18578, ablation with the mean"
-    slots: ClassVar[Mapping[Slot, str]] = {"mask": "distance to a bounded target ratio", "ratio": "token", "advantage": "return minus value"}
+    slots: ClassVar[Mapping[Slot, str]] = {
+        "mask": "distance to a bounded target ratio",
+        "ratio": "token",
+        "advantage": "return minus value",
+    }
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
     loop_defaults: ClassVar[Mapping[str, Any]] = {"max_grad_norm": 1.0}
 

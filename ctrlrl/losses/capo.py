@@ -12,7 +12,7 @@ from torch import Tensor
 from ctrlrl.core import entropy, head, ratio
 from ctrlrl.losses.base import Knobs, register
 from ctrlrl.losses.group import Aggregation, GroupLoss
-from ctrlrl.losses.needs import Slot
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
 
@@ -42,6 +42,7 @@ class CAPO(GroupLoss):
         "ratio": "token",
         "advantage": "(R - group mean) / group std",
     }
+    needs: ClassVar[frozenset[Need]] = frozenset({"plain_action", "groups", "sequence_return"})
     aggregation: ClassVar[Aggregation] = "token_mean"
 
     model_step: float = 0.002

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ctrlrl.core import select
+from ctrlrl.core import budget
 from ctrlrl.core.control import Controller, LinearSchedule
 from ctrlrl.losses.base import Knobs, Memory, Start, register
 from ctrlrl.losses.group import ClippedGroupLoss
@@ -69,7 +69,7 @@ class D3S(ClippedGroupLoss):
         start = super().begin(batch, knobs, memory)
         total = batch.mask.shape[0]
         count = min(total, max(2, round(float(knobs["kept_rows"]) * total)))
-        rows = select.max_variance_subset(self.outcome_advantage(batch), count)
+        rows = budget.max_variance_subset(self.outcome_advantage(batch), count)
         kept = batch.mask & rows.unsqueeze(-1)
         chosen = top_steps(start.batch.advantage, batch.entropy_old, kept, float(knobs["kept_steps"]))
         stats = {"used_steps": chosen.sum() / batch.mask.sum().clamp(min=1)}

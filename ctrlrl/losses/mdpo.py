@@ -30,7 +30,11 @@ class MDPO(PolicyLoss):
         "comes from the policy itself, not from a separately initialised one. The value function has Adam moments "
         "of its own and is trained for 5 passes, as released."
     )
-    slots: ClassVar[Mapping[Slot, str]] = {"ratio": "token", "advantage": "GAE", "regulariser": "KL to the old policy, growing"}
+    slots: ClassVar[Mapping[Slot, str]] = {
+        "ratio": "token",
+        "advantage": "GAE",
+        "regulariser": "KL to the old policy, growing",
+    }
     needs: ClassVar[frozenset[Need]] = frozenset({"values", "dist_old"})
     loop_defaults: ClassVar[Mapping[str, Any]] = {
         "batch_size": None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 from ctrlrl.types import World
@@ -11,9 +11,9 @@ Slot: TypeAlias = Literal["mask", "ratio", "advantage", "likelihood", "regularis
 SLOTS: tuple[Slot, ...] = ("mask", "ratio", "advantage", "likelihood", "regulariser", "selection")
 
 Need: TypeAlias = Literal[
-    "values", "dist_old", "step_dist", "groups", "sequence_return", "score", "success", "rewards", "answers", "preferences",
-    "turns", "tasks", "logp_ref", "logp_behaviour", "demonstrations", "hints", "retries", "tempered", "replay",
-    "support", "categorical", "plain_action", "tree", "gaussian", "teacher", "denoising", "matching",
+    "values", "dist_old", "step_dist", "groups", "sequence_return", "score", "success", "rewards", "answers",
+    "preferences", "turns", "tasks", "logp_ref", "logp_behaviour", "demonstrations", "hints", "retries", "tempered",
+    "replay", "support", "categorical", "plain_action", "tree", "gaussian", "teacher", "denoising", "matching",
 ]  # fmt: skip
 
 NEEDS: dict[Need, str] = {
@@ -47,15 +47,20 @@ NEEDS: dict[Need, str] = {
 }
 
 _EVERYWHERE: frozenset[Need] = frozenset(
-    ["values", "dist_old", "step_dist", "plain_action", "groups", "sequence_return", "score", "success", "rewards", "answers", "preferences",
-     "tasks", "logp_ref", "logp_behaviour", "retries", "tempered", "replay"]
+    ["values", "dist_old", "step_dist", "plain_action", "groups", "sequence_return", "score", "success", "rewards",
+     "answers", "preferences", "tasks", "logp_ref", "logp_behaviour", "retries", "tempered", "replay"]
 )  # fmt: skip
+_TOKENS: frozenset[Need] = frozenset({"turns", "demonstrations", "hints", "support", "categorical", "tree"})
+_DISCRETE: frozenset[Need] = frozenset({"support", "categorical"})
+_CONTINUOUS: frozenset[Need] = frozenset({"gaussian"})
+_FLOW: frozenset[Need] = frozenset({"gaussian", "denoising", "matching"})
+# a sequence is the denoising of one action there: nothing that restarts or tempers an episode applies
+_NOT_FLOW: frozenset[Need] = frozenset({"step_dist", "logp_behaviour", "retries", "tempered", "replay"})
 PROVIDES: dict[World, frozenset[Need]] = {
-    "tokens": _EVERYWHERE | {"turns", "demonstrations", "hints", "support", "categorical", "tree"},
-    "discrete": _EVERYWHERE | {"support", "categorical"},
-    "continuous": _EVERYWHERE | {"gaussian"},
-    # a sequence is the denoising of one action there, so nothing that restarts or tempers an episode applies
-    "flow": _EVERYWHERE - {"step_dist", "logp_behaviour", "retries", "tempered", "replay"} | {"gaussian", "denoising", "matching"},
+    "tokens": _EVERYWHERE | _TOKENS,
+    "discrete": _EVERYWHERE | _DISCRETE,
+    "continuous": _EVERYWHERE | _CONTINUOUS,
+    "flow": _EVERYWHERE - _NOT_FLOW | _FLOW,
 }
 """What the on-policy loop can put before a loss in each world; a teacher is there when the user names one."""
 
@@ -63,10 +68,9 @@ FLAT: frozenset[Need] = frozenset({"values", "dist_old"})
 """What single transitions can carry: a loss that asks for more is given whole episodes."""
 
 
-def missing(required: Collection[Need], world: World, teacher: bool = False) -> list[Need]:
+def missing(required: Iterable[Need], world: World, teacher: bool = False) -> list[Need]:
     """Which of ``required`` the loop cannot provide in ``world``, sorted."""
-    provided = PROVIDES[world] | ({"teacher"} if teacher else frozenset())
-    return sorted(set(required) - provided)
+    return sorted(need for need in required if need not in PROVIDES[world] and not (teacher and need == "teacher"))
 
 
 WORLDS: dict[World, str] = {

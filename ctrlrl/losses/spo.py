@@ -23,7 +23,11 @@ class SPO(PolicyLoss):
     """
 
     paper: ClassVar[str] = "Simple Policy Optimization (ICML 2025), arXiv:2401.16025"
-    slots: ClassVar[Mapping[Slot, str]] = {"mask": "quadratic pull to the edge of the band", "ratio": "token", "advantage": "GAE"}
+    slots: ClassVar[Mapping[Slot, str]] = {
+        "mask": "quadratic pull to the edge of the band",
+        "ratio": "token",
+        "advantage": "GAE",
+    }
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
 
     eps: float = 0.2

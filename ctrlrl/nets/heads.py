@@ -177,7 +177,7 @@ def _inward(bound: np.ndarray, inside: float) -> Tensor:
     return torch.from_numpy(np.where(beyond, np.nextafter(rounded, np.float32(inside)), rounded).flatten())
 
 
-def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     # exponential variates avoid log(0): -log(-log(u)) = -log(e) with e ~ Exp(1)
     return -torch.empty(shape).exponential_(generator=generator).clamp_min(1e-30).log()
 
@@ -197,7 +197,7 @@ class CategoricalHead(ActionHead):
         return Categorical(self.linear(features))
 
     def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return _gumbel((*lead, *self.noise_shape), generator)
+        return gumbel((*lead, *self.noise_shape), generator)
 
     def to_env(self, action: Tensor) -> Tensor:
         return action + self.start if self.start else action
@@ -221,7 +221,7 @@ class MultiCategoricalHead(ActionHead):
         return MultiCategorical(self.linear(features), self.nvec)
 
     def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return _gumbel((*lead, *self.noise_shape), generator)
+        return gumbel((*lead, *self.noise_shape), generator)
 
     def to_env(self, action: Tensor) -> Tensor:
         return (action + self.start).reshape(*action.shape[:-1], *self.env_shape)

@@ -14,7 +14,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from ctrlrl.nets.heads import Categorical, _gumbel
+from ctrlrl.nets.heads import Categorical, gumbel
 from ctrlrl.nets.sampler import Sampler
 from ctrlrl.types import PolicyOutput
 
@@ -66,7 +66,7 @@ class TokenPolicy(nn.Module, ABC):
 
     def noise(self, n_steps: int, n_envs: int, generator: torch.Generator) -> Tensor:
         """Gumbel noise for whole sequences, [n_steps, n_envs, V]."""
-        return _gumbel((n_steps, n_envs, self.vocabulary), generator)
+        return gumbel((n_steps, n_envs, self.vocabulary), generator)
 
     def distribution(self, obs: Tensor) -> Categorical:
         """Of the next token at observations [N, L]."""

@@ -93,7 +93,7 @@ def markdown() -> str:
         "Every policy-optimisation loss is one estimator, `mask x ratio x advantage x grad log-likelihood`, with parts",
         "of its own. This page is what `ctrlrl list losses` prints, made by `ctrlrl list losses --markdown`.",
         "",
-        f"There are {len(known)}. `ctrlrl train NAME --env ENV` trains with one, and `ctrlrl train NAME --help` explains",
+        f"There are {len(known)}. `ctrlrl train NAME --env ENV` trains with one; `ctrlrl train NAME --help` explains",
         "its settings. Each is a file `ctrlrl/losses/NAME.py` with a table of its gradient weights in",
         "`tests/losses/test_NAME.py`.",
         "",

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pathlib
 import re
 
@@ -277,7 +278,13 @@ def test_every_field_changes_something(name):
 
     def observe(loss):
         seen = [*selected(loss), sorted(loss.required())]
-        for progress, spread, outcome in ((0.1, 0.3, None), (0.9, 1.2, None), (0.5, 0.6, "binary"), (0.3, 0.9, "long"), (0.7, 0.5, "sure")):
+        for progress, spread, outcome in (
+            (0.1, 0.3, None),
+            (0.9, 1.2, None),
+            (0.5, 0.6, "binary"),
+            (0.3, 0.9, "long"),
+            (0.7, 0.5, "sure"),
+        ):
             case = case_of(loss, 40 if outcome == "long" else 12, spread=spread, peak=8.0 if outcome == "sure" else 1.0)
             if outcome == "long":
                 case = case._replace(batch=case.batch._replace(success=case.batch.score > 0.5))
@@ -344,7 +351,7 @@ def test_registry_entry_is_complete(name):
     assert cls.required(cls()) <= cls.needs
     source = pathlib.Path(__import__(cls.__module__, fromlist=["x"]).__file__).read_text()
     for field in dataclasses.fields(cls):
-        if field.name in cls.__dict__.get("__annotations__", {}):
+        if field.name in inspect.get_annotations(cls):
             assert re.search(rf'    {field.name}: (.*\n(?=    """)|.*\n)    """', source), f"{name}.{field.name}"
     for preset in cls.presets:
         build(cls, {}, preset)

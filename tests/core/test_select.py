@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from ctrlrl.core import budget as budgets
 from ctrlrl.core import select
 
 
@@ -28,8 +29,8 @@ def test_allocation_equals_exhaustive_search():
         groups = int(torch.randint(2, 5, (), generator=g))
         p = torch.rand(groups, generator=g)
         budget = int(torch.randint(2 * groups, 8 * groups + 1, (), generator=g))
-        value = select.mixed_outcome_value(p, 8)
-        size = select.allocate(value, 2, budget)
+        value = budgets.mixed_outcome_value(p, 8)
+        size = budgets.allocate(value, 2, budget)
         assert int(size.sum()) == budget and int(size.min()) >= 2 and int(size.max()) <= 8
         got = value.gather(1, size.unsqueeze(1)).sum().item()
         assert got == pytest.approx(best_allocation(value, 2, budget), abs=1e-12)
@@ -38,32 +39,32 @@ def test_allocation_equals_exhaustive_search():
 def test_four_seeds_share_32_episodes():
     """p = (.9, .5, .25, .0625): sizes (2, 7, 11, 12) are worth .288963, equal ones .277847."""
     p = torch.tensor([0.9, 0.5, 0.25, 0.0625])
-    value = select.mixed_outcome_value(p, 32)
-    size = select.allocate(value, 2, 32)
+    value = budgets.mixed_outcome_value(p, 32)
+    size = budgets.allocate(value, 2, 32)
     assert size.tolist() == [2, 7, 11, 12]
     assert value.gather(1, size.unsqueeze(1)).sum().item() == pytest.approx(0.288963, abs=1e-6)
     assert value[:, 8].sum().item() == pytest.approx(0.277847, abs=1e-6)
 
 
 def test_values_of_the_examples():
-    v = select.mixed_outcome_value(torch.tensor([0.5, 0.1, 0.9]).double(), 8)
+    v = budgets.mixed_outcome_value(torch.tensor([0.5, 0.1, 0.9]).double(), 8)
     expected = [[0.0625, 0.124023], [0.01458, 0.046132], [0.00162, 0.005126]]
     torch.testing.assert_close(v[:, [2, 8]], torch.tensor(expected).double(), atol=1e-6, rtol=0)
-    u = select.failure_value(torch.tensor([0.1, 0.5, 0.9, 0.01]).double(), 32)
+    u = budgets.failure_value(torch.tensor([0.1, 0.5, 0.9, 0.01]).double(), 32)
     assert u[:3, 8].tolist() == pytest.approx([3.75626, 3.96875, 0.8], abs=1e-5)
     assert u[3, 32].item() == pytest.approx(8.4806, abs=1e-4)
     assert (u[0, 32] - u[0, 31]).item() == pytest.approx(0.9, abs=0.1), "steps tend to 1 - p"
 
 
 def test_equal_gains_are_shared_evenly():
-    size = select.allocate(torch.zeros(5, 9), 1, 13)
+    size = budgets.allocate(torch.zeros(5, 9), 1, 13)
     assert sorted(size.tolist()) == [2, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("low, budget", [(2, 5), (2, 25), (9, 30), (0, 10)])
 def test_an_impossible_budget_is_refused(low, budget):
     with pytest.raises(ValueError, match="cannot be split"):
-        select.allocate(torch.zeros(3, 9), low, budget)
+        budgets.allocate(torch.zeros(3, 9), low, budget)
 
 
 def test_pass_rates_set_the_sizes():
@@ -135,7 +136,7 @@ def test_subset_of_largest_variance_equals_brute_force():
         total = int(torch.randint(1, 9, (), generator=g))
         x = torch.randn(total, generator=g, dtype=torch.float64).mul(2).round().div(2)
         n = int(torch.randint(1, total + 1, (), generator=g))
-        kept = select.max_variance_subset(x, n)
+        kept = budgets.max_variance_subset(x, n)
         assert int(kept.sum()) == n
         best = max(x[list(s)].var(unbiased=False).item() for s in itertools.combinations(range(total), n))
         assert x[kept].var(unbiased=False).item() == pytest.approx(best, abs=1e-12)
@@ -143,11 +144,11 @@ def test_subset_of_largest_variance_equals_brute_force():
 
 def test_subset_of_the_example():
     x = torch.tensor([0.5, -1.5, 0.0, 1.5, -0.5])
-    assert sorted(x[select.max_variance_subset(x, 2)].tolist()) == [-1.5, 1.5]
-    assert x[select.max_variance_subset(x, 3)].var(unbiased=False).item() == pytest.approx(1.5556, abs=1e-4)
-    assert select.max_variance_subset(x, 5).all()
+    assert sorted(x[budgets.max_variance_subset(x, 2)].tolist()) == [-1.5, 1.5]
+    assert x[budgets.max_variance_subset(x, 3)].var(unbiased=False).item() == pytest.approx(1.5556, abs=1e-4)
+    assert budgets.max_variance_subset(x, 5).all()
     with pytest.raises(ValueError, match="cannot keep 6 of 5"):
-        select.max_variance_subset(x, 6)
+        budgets.max_variance_subset(x, 6)
 
 
 # -- a value of the first observation -------------------------------------------------------------

@@ -56,9 +56,8 @@ def home(name):
     settings = dict(EPISODES)
     if "seed_pool" in loss.loop_defaults:
         settings["seed_pool"] = 6
-    if missing(loss.needs, "continuous"):
-        if missing(loss.needs, "flow"):
-            return "ctrlrl/TokenArithmetic-v0", settings
+    if missing(loss.needs, "continuous") and missing(loss.needs, "flow"):
+        return "ctrlrl/TokenArithmetic-v0", settings
     return NOISY, settings | {"horizon": 6}
 
 

@@ -41,11 +41,12 @@ class Task:
         self.support[torch.arange(states), torch.arange(states) % vocabulary] = True
         if not restricted:
             self.support = everything
-        self.policy = self.table(self.theta).exp()
+        log_policy = self.table(self.theta)
+        self.policy = log_policy.exp()
         """[S, V] the policy, on the support."""
         self.entropy = -torch.xlogy(self.policy, self.policy).sum(-1)
         """[S]"""
-        self.logp = self.policy.log()[self.row, self.sequence]
+        self.logp = log_policy[self.row, self.sequence]
         """[N, T]"""
         self.p = self.logp.sum(-1).exp()
         """[N]"""
@@ -128,7 +129,7 @@ class Task:
             mask=mask,
             logp_old=self.logp[index],
             advantage=advantage,
-            value_target=value + advantage,
+            value_target=self.q[row, action],
             value_old=value,
             dist_old={"logits": log_policy[row]},
             logp_ref=log_ref[row, action],

@@ -42,7 +42,12 @@ def qualifies(name):
 
 
 NAMES = [name for name in base.names() if qualifies(name)]
-ACCEPTED: list[str] = []
+ACCEPTED = [
+    "adora", "bnpo", "c3po", "cispo", "copg", "d3s", "dagrpo", "dpo", "dr_grpo", "empg", "epo", "etr", "g2rpo",
+    "gbpo", "gdpo", "grpo", "gspo", "mhpo", "mini_rl", "p3o", "qwen_long", "real", "reinforce", "risk_po", "rloo",
+    "rpo", "spear",
+]  # fmt: skip
+"""Losses that run in TRL; the others need what it does not give."""
 
 
 # -- a world in memory ----------------------------------------------------------------------------
@@ -313,7 +318,8 @@ def test_evaluation_leaves_the_training_state_alone(folder, tmp_path):
     assert trainer._begun["eval"].mask.shape[0] == GROUP and trainer._begun["train"].mask.shape[0] == 8
     plain = trainer_of(folder, tmp_path, "epo", steps=2)
     plain.train()
-    assert {k: v.shape for k, v in trainer.loss_memory.items()} == {k: v.shape for k, v in plain.loss_memory.items()}
+    for key, value in plain.loss_memory.items():
+        torch.testing.assert_close(trainer.loss_memory[key], value)
     assert torch.isfinite(torch.tensor([x["eval_loss"] for x in trainer.state.log_history if "eval_loss" in x])).all()
 
 

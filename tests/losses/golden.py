@@ -161,7 +161,9 @@ def case_of(
         pivot=pivot,
         void=void,
         support=support,
-        coef={"velocity_gain": torch.linspace(0.5, 2.0, length, dtype=dtype).expand(rows, length)} if gaussian else None,
+        coef={"velocity_gain": torch.linspace(0.5, 2.0, length, dtype=dtype).expand(rows, length)}
+        if gaussian
+        else None,
     )
 
     def output(x: Tensor) -> PolicyOutput:

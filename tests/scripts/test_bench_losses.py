@@ -1,0 +1,165 @@
+"""The comparison of losses: short runs, what is measured of them, and the merging of shards."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ctrlrl.engine.runfolder import write_json
+from ctrlrl.losses import base
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_losses.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_losses", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_losses"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runs(bench, tmp_path_factory):
+    """Shards of two iterations each."""
+    out = tmp_path_factory.mktemp("losses")
+    jobs = [("sort", bench.PLAIN, 0), ("sort", bench.PLAIN, 1), ("sort", "d3s", 0), ("sort", "awm", 0),
+            ("balance", bench.PLAIN, 0), ("balance", "bapo", 0), ("cartpole", "ppo", 0)]  # fmt: skip
+    return out, {job: bench.run(bench.Job(*job), str(out), steps=600) for job in jobs}
+
+
+def shard(bench, out, *job):
+    return json.loads(bench.shard(out, bench.Job(*job)).read_text())
+
+
+def test_settings_may_hold_commas(bench):
+    assert bench.parse('gdpo,weights="0.6,0.2,0.2",epochs=3') == ("gdpo", {"weights": "0.6,0.2,0.2", "epochs": 3})
+
+
+def test_every_arm_and_headline_loss_exists(bench):
+    arms = {bench.parse(arm)[0] for claim in bench.CLAIMS.values() for arm in claim.arms}
+    assert arms | {bench.parse(m)[0] for m in bench.HEADLINE} <= set(base.names())
+
+
+def test_what_a_method_demands_of_the_loop_comes_before_the_tasks_settings(bench, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("ctrlrl.api.make", lambda name, env, **settings: asked.update(settings))
+    task = bench.Task("CartPole-v1", 1, "ppo", {"n_envs": 2}, {"batch_size": 8, "n_groups": 3}, {"n_steps": 5})
+    bench.build(task, "rloo", 0)
+    assert "batch_size" not in asked and asked["n_groups"] == 3 and "n_steps" not in asked
+    asked.clear()
+    bench.build(task, "ppo,n_envs=4", 0)
+    assert asked["n_steps"] == 5 and asked["n_envs"] == 4 and "n_groups" not in asked
+
+
+def test_runs_are_scored(bench, runs):
+    out, outcomes = runs
+    assert {k: v for k, v in outcomes.items() if v != "ran" and k[1] != "awm"} == {}
+    assert outcomes["sort", "awm", 0].startswith("not here (awm cannot run on token sequences")
+    record = shard(bench, out, "sort", bench.PLAIN, 0)
+    assert record["steps"] >= 600 and record["settings"]["n_groups"] == 16
+    score = record["score"]
+    assert 0.0 < score["reward"] < 1.0 and score["length"] == 4.0 and score["channels"] == [score["reward"]]
+    assert 1.5 < score["entropy"] < math.log(6)
+    assert shard(bench, out, "cartpole", "ppo", 0)["score"]["reward"] > 5.0
+
+
+def test_positions_with_a_gradient_are_counted(bench, runs):
+    out, _ = runs
+    d3s, grpo = (shard(bench, out, "sort", m, 0) for m in ("d3s", bench.PLAIN))
+    # a tenth to a third of the positions of half of the rows or more
+    assert 0.04 < d3s["used"] / d3s["seen"] < 0.25 and grpo["used"] / grpo["seen"] > 0.5
+
+
+def test_the_uniform_policy_scores_what_the_task_says(bench):
+    agent = bench.build(bench.TASKS["arithmetic"], "grpo", 0)
+    with torch.no_grad():
+        for p in agent.policy.head.parameters():
+            p.zero_()
+    score = bench.score_tokens(agent, answers=4096)
+    assert score["reward"] == pytest.approx(1 / 7, abs=0.01) and score["entropy"] == pytest.approx(math.log(7))
+    assert score["length"] == 8.0 and score["channels"] == pytest.approx([1 / 7, 1 / 7], abs=0.02)
+
+
+def test_groups_that_vary_are_counted_without_what_is_sampled_beside_them(bench):
+    loss = base.get("grpo")()
+    found = SimpleNamespace(
+        group=torch.tensor([5, 5, 9, 9, 9]), sequence_return=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]),
+        source=torch.tensor([0, 0, 0, 0, 0]), mask=torch.ones(5, 1, dtype=torch.bool),
+        advantage=torch.zeros(5, 1),
+    )  # fmt: skip
+    watched = bench.Watched(loss)
+    watched.loss = SimpleNamespace(begin=lambda batch, knobs, memory: base.Start(batch, memory, {}))
+    assert float(watched.begin(found, {}, {}).stats["varied"]) == 0.5
+    found.source = torch.tensor([0, 0, 0, 1, 0])
+    assert float(watched.begin(found, {}, {}).stats["varied"]) == 0.0
+
+
+def test_shares_of_the_positive_advantages(bench, runs):
+    out, _ = runs
+    shares = shard(bench, out, "balance", "bapo", 0)["shares"]
+    assert all(0.6 <= s["low"] <= 0.9 and 1.2 <= s["high"] <= 3.0 for s in shares)
+    assert all(s["after"] >= s["before"] - 1e-6 for s in shares if s["before"] is not None)
+    assert all(s["before"] == s["after"] for s in shard(bench, out, "balance", bench.PLAIN, 0)["shares"])
+
+
+def test_merging(bench, runs, tmp_path, capsys):
+    out, _ = runs
+    target, picture = tmp_path / "losses.json", tmp_path / "losses.png"
+    bench.main(["--minutes", "0", "--out", str(out), "--json", str(target), "--plot", str(picture), "--markdown"])
+    document = json.loads(target.read_text())
+    rows = document["table"]["sort"]
+    own = [shard(bench, out, "sort", bench.PLAIN, k)["score"]["reward"] for k in range(2)]
+    assert rows[bench.PLAIN]["reward"]["runs"] == pytest.approx(own, abs=1e-4) and rows[bench.PLAIN]["seeds"] == 2
+    assert rows[bench.PLAIN]["reward"]["low"] <= sum(own) / 2 <= rows[bench.PLAIN]["reward"]["high"]
+    assert document["table"]["cartpole"]["ppo"]["reward"]["low"] is None
+    assert [a[1] for a in document["absent"]] == ["awm"] and len(document["runs"]) == 7
+    assert {"samples", "balance"} == set(document["claims"])
+    assert picture.stat().st_size > 10_000
+    text = capsys.readouterr().out
+    assert f"| `{bench.PLAIN}` |" in text and "| `d3s` | " in text
+
+
+def records_of(entropies, target=None):
+    settings = {"loss": {} if target is None else {"entropy_target": target}}
+    return [{"score": {"entropy": e, "success": 0.5}, "settings": settings} for e in entropies]
+
+
+def test_entropy_is_judged_by_the_target_or_against_grpo(bench):
+    found = {
+        bench.PLAIN: records_of([0.1, 0.3]), "aepo": records_of([0.5, 0.6], 0.5), "dcpo": records_of([0.2], 0.5),
+        "epo": records_of([0.29]), "steer": records_of([0.31]),
+    }  # fmt: skip
+    assert {w: h for w, h, _ in bench.judge_entropy(found)} == {
+        "aepo": True, "dcpo": False, "epo": False, "steer": True
+    }  # fmt: skip
+
+
+def test_claims_compare_the_seeds_that_all_arms_have(bench, tmp_path):
+    for method, seeds in ((bench.PLAIN, (0, 1, 2)), ("d3s", (0, 1))):
+        for seed in seeds:
+            job = bench.Job("sort", method, seed)
+            record = {"task": "sort", "method": method, "seed": seed, "outcome": "ran", "used": len(method),
+                      "score": {"reward": 0.5 if seed < 2 else 0.9}}  # fmt: skip
+            bench.shard(tmp_path, job).parent.mkdir(exist_ok=True)
+            write_json(bench.shard(tmp_path, job), record)
+    found = bench.judge(tmp_path)
+    assert found["samples"]["seeds"] == 2 and found["samples"]["verdicts"][0]["held"]
+
+
+def test_the_queue_gives_every_method_a_run_before_the_second_seed(bench):
+    args = SimpleNamespace(
+        seeds=2, tasks=["sort"], methods=["grpo", "d3s"], claims=True, claim_seeds=1, only=["length"], all=True
+    )
+    jobs = bench.queue_of(args)
+    assert jobs[:4] == [
+        ("sort", "grpo", 0), ("sort", "d3s", 0), ("length", bench.PLAIN, 0), ("length", "dr_grpo", 0),
+    ]  # fmt: skip
+    assert jobs[-2:] == [("sort", "grpo", 1), ("sort", "d3s", 1)]
+    assert sum(j.seed == 0 and j.task == "sort" for j in jobs) == len(base.names()) and len(jobs) == len(set(jobs))
