@@ -7,7 +7,8 @@ Closed forms are sums over sequences, or over pairs, of the exact task; they sha
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -21,16 +22,17 @@ from ctrlrl.losses.needs import missing
 from ctrlrl.types import TEMPERED
 
 
-class Claim(NamedTuple):
+@dataclass(frozen=True)
+class Claim:
     """One setting of a loss and the exact direction, to be climbed, that it takes in expectation."""
 
     kind: str
     """unbiased; scaled: a constant times the policy gradient; or stated bias, and what it is."""
     form: Callable[[Task], Tensor]
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = field(default_factory=dict)
     members: Callable[[Task], dict[str, Any]] = lambda world: {}
     """Further arguments of ``expected_ascent``."""
-    world: dict[str, bool] = {}
+    world: dict[str, bool] = field(default_factory=dict)
     """Further arguments of the task."""
 
 
@@ -93,6 +95,10 @@ def tempered(w: Task, temperature: Tensor | float) -> Tensor:
 def log_ratio_to_reference(w: Task) -> Tensor:
     """[N]"""
     return (w.logp - w.ref.log()[w.row, w.sequence]).sum(-1)
+
+
+def group(**settings) -> Claim:
+    return biased("wins less losses", grouped, **settings)
 
 
 # -- closed forms of the biased losses ---------------------------------------------------------------
@@ -421,17 +427,16 @@ def over_turns(w: Task) -> float:
     return 1.0 / (w.length * w.turn_length)
 
 
-RAW = {"standardize_advantage": False}
+RAW: dict[str, Any] = {"standardize_advantage": False}
 """Advantages as they are: deviations of an update batch make the gradient a ratio of random numbers."""
 HAZARD = math.exp(-(math.log(2) ** 1.5) - (math.log(2) / 0.8) ** 2)
-GROUPED = biased("wins less losses", grouped)
 CLAIMS: dict[str, list[Claim]] = {
     "adora": [
         biased("a tenth of wins less losses, as all are equally long", lambda w: 0.1 * grouped(w)),
-        GROUPED._replace(settings={"group_weight": 1.0}),
+        group(group_weight=1.0),
     ],
-    "aepo": [GROUPED, biased("tempered winners", tempered_winners, hot_pair, tempered_coef=0.7)],
-    "bapo": [GROUPED],
+    "aepo": [group(), biased("tempered winners", tempered_winners, hot_pair, tempered_coef=0.7)],
+    "bapo": [group()],
     "bnpo": [exact(0.5, of="score")],
     "bpo": [biased("sign from the median", median_sign)],
     "bpo_mean": [exact(per_position)],
@@ -444,11 +449,15 @@ CLAIMS: dict[str, list[Claim]] = {
     ],
     "capo": [
         biased(
-            "trusted positions", trusted(0.02, 5e-5, 0.01),
-            model_step=0.02, fisher_max=5e-5, objective_min=-0.01, objective_max=0.01,
+            "trusted positions",
+            trusted(0.02, 5e-5, 0.01),
+            model_step=0.02,
+            fisher_max=5e-5,
+            objective_min=-0.01,
+            objective_max=0.01,
         ),
-    ],  # fmt: skip
-    "cispo": [GROUPED],
+    ],
+    "cispo": [group()],
     "copg": [
         biased("2 c times the gradient of the regularised return", lambda w: 0.2 * regularised_return(w, 0.1)),
         Claim("scaled", lambda w: 0.2 * w.policy_gradient(w.outcome), world={"own_ref": True}),
@@ -481,7 +490,7 @@ CLAIMS: dict[str, list[Claim]] = {
         biased("entropy in a band", entropy_band(0.1, 0.2, 0.2)),
         biased("entropy", entropy_band(0.0, 0.0, 0.0), eps_band_low=1.0, eps_band_high=1e9),
     ],
-    "etr": [GROUPED],
+    "etr": [group()],
     "g2rpo": [
         biased("wins less losses", lambda w: 0.6744897501960817 * w.push(w.p * wins(w)) / w.length),
     ],
@@ -490,14 +499,14 @@ CLAIMS: dict[str, list[Claim]] = {
     "ghpo": [biased("wins less losses", lambda w: grouped(w, 1e-4))],
     "grpo": [
         biased("wins less losses and KL(reference || policy)", towards_reference(0.04)),
-        GROUPED._replace(settings={"ref_kl_coef": 0.0}),
+        group(ref_kl_coef=0.0),
     ],
-    "gspo": [GROUPED],
+    "gspo": [group()],
     "hpt": [
         biased("taught where all failed", taught_or_reinforced, demonstrated),
         exact(lambda w: 0.5 / w.length, gate=-1),
     ],
-    "knapsack": [GROUPED],
+    "knapsack": [group()],
     "mdpo": [exact(per_position, **RAW)],
     "mhpo": [biased("0.265 of wins less losses", lambda w: HAZARD * grouped(w))],
     "mini_rl": [exact(0.5)],
@@ -520,13 +529,18 @@ CLAIMS: dict[str, list[Claim]] = {
     "precision_diversity": [
         biased("cross-entropy by (1 - pi)^b", shaped(-0.25), demonstrated),
         biased(
-            "cross-entropy by (1 - pi)^b, others by rank", shaped(0.5, 0.125, -0.25), demonstrated,
-            exponent=0.5, top_reward=0.125, tail_reward=-0.25, top_k=2,
+            "cross-entropy by (1 - pi)^b, others by rank",
+            shaped(0.5, 0.125, -0.25),
+            demonstrated,
+            exponent=0.5,
+            top_reward=0.125,
+            tail_reward=-0.25,
+            top_k=2,
         ),
-    ],  # fmt: skip
+    ],
     "qwen_long": [
         biased("winners only, while hot", winners_only, entropy_low=0.0, entropy_high=0.0),
-        GROUPED._replace(settings={"entropy_high": 10.0}),
+        group(entropy_high=10.0),
     ],
     "r2vpo": [exact(per_position, **RAW)],
     "r3l": [
@@ -548,14 +562,14 @@ CLAIMS: dict[str, list[Claim]] = {
     ],
     "spo": [exact(per_position, **RAW)],
     "st_ppo": [exact(over_turns, **RAW)],
-    "steer": [biased("weighed by the entropy's change", steadied), GROUPED._replace(settings={"weight_min": 1.0})],
+    "steer": [biased("weighed by the entropy's change", steadied), group(weight_min=1.0)],
     "super_hf": [biased("best of two and KL(reference || policy)", best_of_two)],
     "turn_ppo": [exact(over_turns, **RAW)],
-    "v0": [GROUPED],
-    "vas": [GROUPED],
+    "v0": [group()],
+    "vas": [group()],
 }
 """Every loss that runs on tokens. What groups of two cannot show is tested with the loss: how groups are chosen and
-sized (knapsack, v0, vas), replayed rows (r2vpo, spear), the density of several groups (bnpo), standardised advantages."""
+sized (knapsack, v0, vas), replayed rows (r2vpo, spear), the density of several groups (bnpo), standardising."""
 LOOKS_AT_NUMBERS = {"d3s", "epo", "gbpo", "risk_po", "spear"}
 """Losses whose ``begin`` has to see one group at a time."""
 
@@ -577,7 +591,9 @@ def check(name: str, claim: Claim, sizes: tuple[int, int], reward: str) -> None:
     torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-9)
 
 
-EACH = pytest.mark.parametrize(("name", "k"), [(name, k) for name, claims in CLAIMS.items() for k in range(len(claims))])
+EACH = pytest.mark.parametrize(
+    ("name", "k"), [(name, k) for name, claims in CLAIMS.items() for k in range(len(claims))]
+)
 
 
 @EACH
@@ -593,7 +609,7 @@ def test_the_expected_gradient_is_the_stated_one_for_a_binary_reward(name, k):
 
 
 def test_forms_are_what_they_are_called():
-    """Score function, advantages and autograd agree; with outcomes of 0 and 1 wins less losses is the exact direction."""
+    """Score function, advantages and autograd agree; of outcomes 0 and 1 wins less losses is the exact direction."""
     for reward in ("graded", "binary"):
         w = task(4, 4, reward)
         gradient = w.policy_gradient(w.outcome)

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from ctrlrl.losses import base
 from ctrlrl.losses.base import PolicyLoss, Prepared
-from ctrlrl.types import SequenceBatch
+from ctrlrl.types import DEMONSTRATION, SequenceBatch
 
 F64 = torch.float64
 
@@ -141,7 +141,7 @@ def steadied(s: At) -> Tensor:
     return (0.8 ** (change(s.now, s.r) / peak)).clamp(min=0.8) * clip(0.2, 0.28, 10.0)(s)
 
 
-RAW = {"standardize_advantage": False}
+RAW: dict[str, Any] = {"standardize_advantage": False}
 TOKEN_LEVEL: dict[str, tuple[dict[str, Any], Callable[[At], Tensor]]] = {
     "adora": ({}, clip()),
     "aepo": ({}, clip()),
@@ -150,7 +150,7 @@ TOKEN_LEVEL: dict[str, tuple[dict[str, Any], Callable[[At], Tensor]]] = {
     "bpo_mean": ({}, sign_pull),
     "c3po": ({"ref_kl_coef": 0.0, "budget": 20}, clip()),
     "cispo": ({"eps_low": 0.3, "eps_high": 0.4}, lambda s: s.r.clamp(0.7, 1.4) * s.a),
-    "d3s": ({}, clip()),
+    "d3s": ({"steps_start": 0.9, "steps_end": 0.9}, clip()),
     "dagrpo": ({}, clip()),
     "dcpo": ({"ratio_max": 1.4}, clip(0.2, 0.28, 1.4)),
     "direct_advantage": ({}, regression),
@@ -206,7 +206,8 @@ def test_a_token_level_loss_is_the_product_of_its_parts(name):
     loss = make(name, **settings)
     case = everything()
     found, s = on_logp(loss, case)
-    want = -s.prepared.weight / s.prepared.denominator * torch.where(s.batch.mask, product(s), 0.0)
+    share = s.prepared.weight.double() / s.prepared.denominator.double()
+    want = -share * torch.where(s.batch.mask, product(s), 0.0)
     assert (want != 0).sum() > 1
     torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
     # the case closes gates on both sides, or they could be missing
@@ -380,9 +381,7 @@ def test_a_bundle_of_one_without_a_tail_is_grpo():
     """Quantiles at the extremes make the value S - max S, whose distance from its mean is that of S."""
     case = case_of(base.get("risk_po"), rows=4)
     batch = case.batch._replace(sequence_return=case.batch.score)
-    risk = make(
-        "risk_po", level_low=0.0, level_high=1.0, tail_coef=0.0, bundle=1, credit="uniform", baseline="mean"
-    )
+    risk = make("risk_po", level_low=0.0, level_high=1.0, tail_coef=0.0, bundle=1, credit="uniform", baseline="mean")
     grpo = make("grpo", ref_kl_coef=0.0, std_floor=1e-300)
     same(risk, grpo, case._replace(batch=batch))
     # not taking the mean off adds a constant: REINFORCE with the best outcome as the baseline
@@ -410,8 +409,6 @@ def test_a_median_at_the_value_is_the_ablation_with_the_mean():
 
 def test_imitating_all_is_supervision():
     """The best four of four without a prior are what SFT sees if every sequence is a demonstration."""
-    from ctrlrl.types import DEMONSTRATION
-
     case = everything()
     shown = case._replace(batch=case.batch._replace(source=torch.full((12,), DEMONSTRATION)))
     same(make("super_hf", keep_best=4, ref_kl_coef=0.0), make("sft"), shown)

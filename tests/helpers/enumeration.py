@@ -30,9 +30,7 @@ class Task:
         n, states = sizes[-1], sum(sizes[:-1])
         self.sequence = torch.stack([torch.arange(n) // sizes[length - 1 - t] % vocabulary for t in range(length)], -1)
         # a prefix is numbered by its depth's offset and its digits
-        self.row = torch.stack(
-            [sum(sizes[:t]) + torch.arange(n) // sizes[length - t] for t in range(length)], -1
-        )
+        self.row = torch.stack([sum(sizes[:t]) + torch.arange(n) // sizes[length - t] for t in range(length)], -1)
         self.theta = 0.8 * torch.randn(states, vocabulary, generator=g, dtype=F64)
         other = 0.0 if own_ref else 0.5 * torch.randn(states, vocabulary, generator=g, dtype=F64)
         self.ref = (self.theta + other).softmax(-1)
@@ -65,6 +63,10 @@ class Task:
         self.void = (self.sequence == 0) & (torch.arange(length) == 1)
         self.demonstration = int(self.success.nonzero()[-1])
         self.value, self.q = self._values()
+        order = self.q.argsort(-1)
+        half = (self.policy.gather(-1, order).cumsum(-1) >= 0.5).long().argmax(-1, keepdim=True)
+        self.median = self.q.gather(-1, order.gather(-1, half)).squeeze(-1)
+        """[S] the smallest action value such that half of the probability is at it or below."""
 
     def table(self, theta: Tensor) -> Tensor:
         """[S, V] log-probabilities, -inf off the support."""
@@ -103,7 +105,9 @@ class Task:
         """[S, V] sum of weight x grad log pi(a_t), weights [N] or [N, T]: the chosen action's unit less the policy."""
         weight = weight.unsqueeze(-1).expand(-1, self.length) if weight.ndim == 1 else weight
         score = torch.nn.functional.one_hot(self.sequence, self.vocabulary).to(F64) - self.policy[self.row]
-        return torch.zeros_like(self.theta).index_add(0, self.row.flatten(), (weight.unsqueeze(-1) * score).flatten(0, 1))
+        return torch.zeros_like(self.theta).index_add(
+            0, self.row.flatten(), (weight.unsqueeze(-1) * score).flatten(0, 1)
+        )
 
     def visits(self, weight: Tensor) -> Tensor:
         """[S, 1] sum of the weights, [N] or [N, T], by prefix."""
@@ -155,25 +159,8 @@ class Task:
         """What the policy with the logits ``theta`` says of the rows ``index``."""
         row = self.row[index]
         dist = Categorical(theta[row])
-        # the smallest action value at which half of the probability lies at or below it
-        order = self.q.argsort(-1)
-        half = (self.policy.gather(-1, order).cumsum(-1) >= 0.5).long().argmax(-1, keepdim=True)
-        median = self.q.gather(-1, order.gather(-1, half)).squeeze(-1)
-        critics = {"value": self.value[row], "median": median[row]}
+        critics = {"value": self.value[row], "median": self.median[row]}
         return PolicyOutput(dist.log_prob(self.sequence[index]), dist.entropy(), critics, dist)
-
-    @property
-    def median(self) -> Tensor:
-        """[S] median action value under the policy."""
-        out = []
-        for q, p in zip(self.q.tolist(), self.policy.tolist(), strict=True):
-            total = 0.0
-            for value, chance in sorted(zip(q, p, strict=True)):
-                total += chance
-                if total >= 0.5:
-                    out.append(value)
-                    break
-        return torch.tensor(out, dtype=F64)
 
 
 @lru_cache
