@@ -115,11 +115,21 @@ def test_files_in_the_table_exist():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-def test_methods_in_the_table_are_the_methods_there_are():
-    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", section("Methods"), flags=re.MULTILINE))
-    assert sorted(rows) == available("methods")
+def test_methods_in_the_tables_are_the_methods_there_are():
+    text = section("Methods")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", text, flags=re.MULTILINE))
     for name, row in rows.items():
         assert re.search(r"arXiv:(\d{4}\.\d{5})", methods()[name].paper)[1] in row
+    families = re.findall(r"^\| [\w, ]+ \| ((?:`\w+` ?)+)\|$", text, flags=re.MULTILINE)
+    others = [name for family in families for name in re.findall(r"`(\w+)`", family)]
+    assert sorted([*rows, *others]) == available("methods")
+
+
+def test_the_page_of_losses_is_what_the_program_prints():
+    """If this fails: ctrlrl list losses --markdown > docs/losses.md"""
+    from ctrlrl.run.listing import markdown
+
+    assert (ROOT / "docs/losses.md").read_text() == markdown()
 
 
 def test_the_run_folder_is_as_shown():

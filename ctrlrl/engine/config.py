@@ -57,8 +57,6 @@ class EpisodesConfig:
             raise ValueError(f"tempered_share={self.tempered_share} must lie in (0, 1]")
         if not self.kl_reward_coef >= 0.0:
             raise ValueError(f"kl_reward_coef={self.kl_reward_coef} must not be negative")
-        if self.behaviour_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"behaviour_dtype={self.behaviour_dtype!r}: expected float32, bfloat16 or float16")
 
 
 EPISODE_DEFAULTS: dict[str, Any] = {
@@ -162,8 +160,6 @@ class OnPolicyConfig:
         for name in ("learning_rate", "value_coef", "entropy_coef"):
             if not getattr(self, name) >= 0.0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        if self.learning_rate_schedule not in ("constant", "linear"):
-            raise ConfigError(f"learning_rate_schedule={self.learning_rate_schedule!r}: expected constant or linear")
         if self.value_batch_size is not None and self.value_epochs is None:
             raise ConfigError("value_batch_size is set but value_epochs is not: there is no separate value update")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ctrlrl import names
 from ctrlrl.nets.cnn import NatureCNN
 from ctrlrl.nets.heads import ActionHead, action_head
-from ctrlrl.nets.mlp import ACTIVATIONS, mlp, orthogonal
+from ctrlrl.nets.mlp import mlp, orthogonal
 from ctrlrl.nets.normalizer import ObsNormalizer
 from ctrlrl.nets.sampler import Sampler, sampler
 from ctrlrl.types import Distribution, Obs, PolicyOutput, check_types
@@ -71,10 +71,6 @@ class NetworkConfig:
         if min(self.width, self.layers, self.heads) < 1 or self.width % self.heads:
             raise ValueError(f"width={self.width}, layers={self.layers}, heads={self.heads}: all at least 1, and the "
                              "width a multiple of the heads")  # fmt: skip
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
-        if self.action_map not in ("clip", "tanh"):
-            raise ValueError(f"action_map={self.action_map!r} is unknown; expected clip or tanh")
 
 
 def is_image(space: gym.Space) -> bool:

@@ -141,7 +141,7 @@ CONTRADICTIONS = {
     "no epochs": ({"epochs": 0}, "epochs=0 must be positive"),
     "no steps": ({"n_steps": 0}, "n_steps=0 must be positive"),
     "word for a number": ({"n_steps": "many"}, "expected int"),
-    "unknown schedule": ({"learning_rate_schedule": "cosine"}, "expected constant or linear"),
+    "unknown schedule": ({"learning_rate_schedule": "cosine"}, "expected one of 'constant', 'linear'"),
     "unknown activation": ({"activation": "swish"}, "activation='swish' is unknown"),
     "unknown action map": ({"action_map": "sigmoid"}, "action_map='sigmoid' is unknown"),
     "squashing onto no bounds": ({"action_map": "tanh"}, "needs finite bounds"),

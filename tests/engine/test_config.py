@@ -31,7 +31,7 @@ def test_later_settings_win():
         ({"value_batch_size": 3}, "no separate value update"),
         ({"lerning_rate": 1e-3}, "Did you mean learning_rate"),
         ({"eps": -0.1}, "must be positive"),
-        ({"learning_rate_schedule": "cosine"}, "expected constant or linear"),
+        ({"learning_rate_schedule": "cosine"}, "expected one of 'constant', 'linear'"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

@@ -1,10 +1,10 @@
-"""Learning checks of minutes: CartPole for every method, Pendulum for PPO."""
+"""Learning checks of minutes: CartPole, Pendulum for PPO, sorting tokens."""
 
 import statistics
 
 import pytest
 
-from ctrlrl.api import available, make
+from ctrlrl.api import make
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +18,21 @@ CARTPOLE = {
 }
 
 
-def test_every_method_has_a_cartpole_setting():
-    assert sorted(CARTPOLE) == available("methods")
+GROUPS = ["grpo", "rloo", "gspo", "dr_grpo", "bapo", "mhpo", "aepo", "spear", "real", "r3l"]
+
+
+@pytest.mark.parametrize("method", GROUPS)
+def test_cartpole_by_groups_in_150k_steps(method):
+    """Returns of whole episodes compared within groups, no value function."""
+    agent = make(method, "CartPole-v1", seed=0, eval_every=None, learning_rate=3e-3, threads=1)
+    agent.learn(150_000, root=None, progress=False)
+    assert agent.evaluate(20).mean >= 300
+
+
+def test_a_transformer_learns_to_sort():
+    agent = make("grpo", "ctrlrl/TokenSort-v0", seed=0, eval_every=None, threads=1)
+    agent.learn(60_000, root=None, progress=False)
+    assert agent.evaluate(100).mean >= 0.6  # the share of digits in their place; 1/12 by chance
 
 
 @pytest.mark.parametrize("method", sorted(CARTPOLE))
