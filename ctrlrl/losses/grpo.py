@@ -21,7 +21,7 @@ from ctrlrl.types import PolicyOutput, SequenceBatch
 class GRPO(ClippedGroupLoss):
     """-mean_i mean_t [ min(r A_i, clip(r, 1 - eps_low, 1 + eps_high) A_i) - c k3 ],  A = (R - mean) / (std + floor)
 
-    k3 estimates KL(policy || reference) at each position.
+    k3 estimates KL(policy || reference) at each position; its gradient, at given positions, is that of the reverse.
     """
 
     paper: ClassVar[str] = "DeepSeekMath: Pushing the Limits of Mathematical Reasoning, arXiv:2402.03300, eq. 3"

@@ -66,6 +66,6 @@ class PrecisionDiversity(SFT):
         present = batch.mask.unsqueeze(-1) & (logits > -torch.inf) & (choice != batch.action.unsqueeze(-1))
         log_p = torch.where(present, logits, torch.zeros_like(logits))
         rank = logits.detach().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        reward = torch.where(rank < self.top_k, self.top_reward, self.tail_reward).to(log_p.dtype)
+        reward = torch.where(rank < self.top_k, log_p.new_full((), self.top_reward), self.tail_reward)
         share = torch.where(present, log_p.exp() * reward, torch.zeros_like(log_p))
         return head.logp_advantage(log_p, share).sum(-1)

@@ -24,9 +24,6 @@ from ctrlrl.types import Distribution, Obs, PolicyOutput, check_types
 class NetworkConfig:
     """Shape of the policy network."""
 
-    policy: Literal["auto", "mlp", "transformer", "tabular", "flow"] = "auto"
-    """Kind of policy: a multilayer perceptron (behind convolutions for images), a causal transformer or a table for
-    token sequences, a flow that denoises Box actions; auto takes what environment and loss ask for."""
     actor_hidden: tuple[int, ...] = (64, 64)
     """Widths of the actor's hidden layers."""
     critic_hidden: tuple[int, ...] = (64, 64)
@@ -45,6 +42,9 @@ class NetworkConfig:
     """``package.module:Class`` of your own encoder: a module built from the observation space, which maps the
     preprocessed observation to [B, out_features] and has that attribute. Shared by actor and critics."""
 
+    policy: Literal["auto", "mlp", "transformer", "tabular", "flow"] = "auto"
+    """Kind of policy: a multilayer perceptron (behind convolutions for images), a causal transformer or a table for
+    token sequences, a flow that denoises Box actions; auto takes what environment and loss ask for."""
     width: int = 64
     """Width of the transformer."""
     layers: int = 2

@@ -279,7 +279,7 @@ def towards_reference(coef: float, floor: float = 1e-6) -> Callable[[Task], Tens
 
 def two_channels(w: Task) -> Tensor:
     """A vote of the channels' z-scores, brought to deviation one in the group."""
-    total = sum(zscore(x, 1e-4) for x in w.rewards.unbind(-1))
+    total = torch.stack([zscore(x, 1e-4) for x in w.rewards.unbind(-1)]).sum(0)
     return w.push(w.between(total / (math.sqrt(2) * total.abs() + 1e-4))) / w.length
 
 
@@ -415,7 +415,8 @@ def tempered_chance(w: Task) -> Tensor:
 
 
 def hot_pair(w: Task) -> dict[str, Any]:
-    return {"chance": tempered_chance(w), "others": (0, 0), "source": (TEMPERED, TEMPERED, 0, 0)}
+    """Two tempered rows among four of GRPO's: c is for the mean over the one and the mean over the other."""
+    return {"chance": tempered_chance(w), "others": (0,) * 4, "source": (TEMPERED, TEMPERED, 0, 0, 0, 0)}
 
 
 def demonstration_only(w: Task) -> Tensor:
@@ -450,11 +451,11 @@ CLAIMS: dict[str, list[Claim]] = {
     "capo": [
         biased(
             "trusted positions",
-            trusted(0.02, 5e-5, 0.01),
-            model_step=0.02,
-            fisher_max=5e-5,
-            objective_min=-0.01,
-            objective_max=0.01,
+            trusted(1.0, 0.2, 0.35),
+            model_step=1.0,
+            fisher_max=0.2,
+            objective_min=-0.35,
+            objective_max=0.35,
         ),
     ],
     "cispo": [group()],

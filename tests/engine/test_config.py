@@ -52,15 +52,3 @@ def test_round_trip():
         from_dict(OnPolicyConfig, {"epoch": 3})
 
 
-@pytest.mark.parametrize(
-    ("needs", "critics", "message"),
-    [
-        ({"groups"}, ("value",), "needs groups"),
-        ({"sequence_return"}, ("value",), "needs sequence_return"),
-        (set(), (), "has no critic 'value'"),
-    ],
-)
-def test_a_loss_the_loop_cannot_run_is_refused(needs, critics, message):
-    loss = type("Other", (PPO,), {"needs": frozenset(needs), "critics": critics})
-    with pytest.raises(KeyError, match=message):
-        base.check_needs(loss)

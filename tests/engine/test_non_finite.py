@@ -110,7 +110,8 @@ def test_a_nan_in_the_update_keeps_the_last_good_parameters(where, what, tmp_pat
         def on_update(self, agent, step, metrics):
             kept.update({k: v.clone() for k, v in agent.tensors().items()})
 
-    agent = api.make(f"{__name__}:Breaks", NOISY, n_envs=2, where=where, **TINY | {"batch_size": None})
+    settings = TINY | {"batch_size": None, "diagnose_every": None}
+    agent = api.make(f"{__name__}:Breaks", NOISY, n_envs=2, where=where, **settings)
     # two optimiser steps an iteration: the fifth is in the third one
     with pytest.raises(NonFiniteUpdateError, match=rf"non-finite \w*{what} .*iteration 2,.* 64 environment") as caught:
         quiet(agent, 320, run_dir=tmp_path / "run", callbacks=[Keep()])

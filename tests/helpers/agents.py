@@ -44,7 +44,7 @@ def tiny(name, **settings):
 
 
 EPISODES = {
-    "n_groups": 4, "group_size": 4, "batch_size": None, "epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,),
+    "n_groups": 3, "group_size": 4, "batch_size": None, "epochs": 1, "actor_hidden": (8,), "critic_hidden": (8,),
     "width": 16, "layers": 1, "heads": 2, "denoising_steps": 2, "matching_times": 2, "device": "cpu", "threads": 1,
     "eval_every": None, "checkpoint_every": 1, "learning_rate": 1e-2,
 }  # fmt: skip

@@ -224,8 +224,17 @@ def expected(folder, loss, batch, drawn, knobs, weights):
     return value.item(), {k: p.grad for k, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+QUICK = {("grpo", 1), ("grpo", 2), ("dr_grpo", 2), ("cispo", 1), ("dpo", 2), ("gdpo", 1), ("mini_rl", 2), ("spear", 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [
+        pytest.param(name, parts, marks=() if (name, parts) in QUICK else pytest.mark.slow)
+        for name in NAMES
+        for parts in (1, 2)
+    ],
+)
 def test_two_steps_have_the_value_and_gradient_of_the_whole_batch(folder, tmp_path, name, accumulate):
     """The second step is on the same completions, with ratios that have left one."""
     loss = base.get(name)()

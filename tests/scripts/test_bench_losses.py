@@ -12,6 +12,7 @@ import torch
 
 from ctrlrl.engine.runfolder import write_json
 from ctrlrl.losses import base
+from ctrlrl.nets.heads import Categorical
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_losses.py"
 
@@ -77,14 +78,33 @@ def test_positions_with_a_gradient_are_counted(bench, runs):
     assert 0.04 < d3s["used"] / d3s["seen"] < 0.25 and grpo["used"] / grpo["seen"] > 0.5
 
 
+def uniform(bench, task, certain=()):
+    """Scores of a policy that is uniform, but certain at some numbers of written tokens."""
+    agent = bench.build(bench.TASKS[task], "grpo", 0)
+    size = agent.policy.vocabulary
+
+    def distribution(obs):
+        written = (obs > 0).sum(-1)
+        peak = torch.tensor([99.0 * (int(n) in certain) for n in written])
+        return Categorical(torch.cat([peak.unsqueeze(1), torch.zeros(len(obs), size - 1)], 1))
+
+    agent.policy.distribution = distribution
+    return bench.score_tokens(agent, answers=4096)
+
+
 def test_the_uniform_policy_scores_what_the_task_says(bench):
-    agent = bench.build(bench.TASKS["arithmetic"], "grpo", 0)
-    with torch.no_grad():
-        for p in agent.policy.head.parameters():
-            p.zero_()
-    score = bench.score_tokens(agent, answers=4096)
+    # a prompt of four tokens, two of the policy, four of the environment, two of the policy
+    score = uniform(bench, "arithmetic", certain=(6, 7, 8, 9))
     assert score["reward"] == pytest.approx(1 / 7, abs=0.01) and score["entropy"] == pytest.approx(math.log(7))
     assert score["length"] == 8.0 and score["channels"] == pytest.approx([1 / 7, 1 / 7], abs=0.02)
+
+
+def test_responses_of_different_lengths(bench):
+    score = uniform(bench, "channels")
+    # one token in seven ends the response, the eighth token does in any case
+    assert score["length"] == pytest.approx(7 * (1 - (6 / 7) ** 8), abs=0.15)
+    both = score["success"] * (score["right_length"] or 0.0) + (1 - score["success"]) * score["wrong_length"]
+    assert both == pytest.approx(score["length"]) and 0.0 < score["success"] < 0.02
 
 
 def test_groups_that_vary_are_counted_without_what_is_sampled_beside_them(bench):
@@ -145,12 +165,18 @@ def test_claims_compare_the_seeds_that_all_arms_have(bench, tmp_path):
     for method, seeds in ((bench.PLAIN, (0, 1, 2)), ("d3s", (0, 1))):
         for seed in seeds:
             job = bench.Job("sort", method, seed)
-            record = {"task": "sort", "method": method, "seed": seed, "outcome": "ran", "used": len(method),
-                      "score": {"reward": 0.5 if seed < 2 else 0.9}}  # fmt: skip
+            record = {"task": "sort", "method": method, "seed": seed, "outcome": "ran", "steps": 100,
+                      "used": 90 if method == bench.PLAIN else 9, "score": {"reward": 0.5 if seed < 2 else 0.9},
+                      "curve": [{"step": 50, "reward": 0.5}, {"step": 100, "reward": 0.9}]}  # fmt: skip
             bench.shard(tmp_path, job).parent.mkdir(exist_ok=True)
             write_json(bench.shard(tmp_path, job), record)
     found = bench.judge(tmp_path)
     assert found["samples"]["seeds"] == 2 and found["samples"]["verdicts"][0]["held"]
+    # half of GRPO's 90 positions for the same reward
+    assert (
+        "reward 0.500 after 9 positions with a gradient, for which GRPO took 45"
+        in found["samples"]["verdicts"][0]["numbers"]
+    )
 
 
 def test_the_queue_gives_every_method_a_run_before_the_second_seed(bench):
