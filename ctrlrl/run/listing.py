@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ctrlrl import api, names
@@ -42,11 +43,15 @@ def _methods() -> Table:
 
 
 def _losses() -> Table:
-    table = _table("name", "paper", "slots", "needs", "runs on", "differs")
+    """Two columns: names, and all that is known of each in lines of their own."""
+    table = _table("name", "paper; parts of the estimator; needs; worlds; where it differs")
     for name in api.available("losses"):
         loss = losses.get(name)
-        slots = "; ".join(f"{slot}: {what}" for slot, what in _slots(loss))
-        table.add_row(name, loss.paper, slots, _needs(loss), _worlds(loss), _one_line(loss.differs))
+        lines = [escape(loss.paper), "; ".join(f"[dim]{slot}[/dim] {escape(what)}" for slot, what in _slots(loss))]
+        lines.append(f"[dim]needs[/dim] {_needs(loss)}  [dim]runs on[/dim] {_worlds(loss)}")
+        if loss.differs:
+            lines.append(f"[dim]differs[/dim] {escape(_one_line(loss.differs))}")
+        table.add_row(name, "\n".join([*lines, ""]))
     return table
 
 
