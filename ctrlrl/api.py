@@ -115,7 +115,7 @@ def load(
         wrappers = tuple((path, dict(kwargs)) for path, kwargs in spec["wrappers"])
         env = EnvSpec(**{**spec, "wrappers": wrappers})
     settings = dict(document["config"])
-    settings |= settings.pop("network") | settings.pop("episodes")
+    settings |= settings.pop("network") | settings.pop("episodes", {})
     if encoder is not None:
         settings["encoder"] = encoder
     if device is not None:
@@ -126,6 +126,6 @@ def load(
     cls = get_method(document["method"])
     loss = losses.get(document["method"])
     settings |= {k: v for k, v in document["loss"].items() if k in configs.field_names(loss)}
-    agent = cls(env, seed=document["seed"], **settings)
+    agent = cls(env, seed=document["seed"], restoring=True, **settings)
     agent.load_checkpoint(folder, checkpoint)
     return agent

@@ -33,9 +33,9 @@ Backend: TypeAlias = Literal["auto", "sync", "async", "envpool"]
 World: TypeAlias = Literal["tokens", "discrete", "continuous", "flow"]
 """What a policy acts in: token sequences, Discrete or MultiDiscrete actions, Box actions, Box actions by denoising."""
 
-ON_POLICY, TEMPERED, RETRIED, DEMONSTRATION, REPLAYED = range(5)
+ON_POLICY, TEMPERED, RETRIED, DEMONSTRATION, REPLAYED, HINTED = range(6)
 """Values of ``SequenceBatch.source``: sampled as is, at another temperature, from a prefix of another sequence,
-given by an expert, or kept from an earlier iteration."""
+given by an expert, kept from an earlier iteration, or sampled after a part of the solution."""
 
 
 class SequenceBatch(NamedTuple):
@@ -99,6 +99,19 @@ class SequenceBatch(NamedTuple):
     """[B, T] bool: position of a turn that did nothing."""
     support: Tensor | None = None
     """[B, T, K] bool: actions that were allowed when the sequence was sampled."""
+    route: Tensor | None = None
+    """[B, T, ...] int: branches that a mixture policy chose; it gets them back as ``policy(obs, action, route)``."""
+
+
+    def rows(self, index: Tensor | slice) -> SequenceBatch:
+        """The sequences at ``index``."""
+
+        def pick(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {k: v[index] for k, v in x.items()}
+            return None if x is None else x[index]
+
+        return SequenceBatch(*(pick(x) for x in self))
 
 
 class PolicyOutput(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +12,7 @@ from ctrlrl.types import SequenceBatch
 
 def rows(batch: SequenceBatch, index: Tensor | slice) -> SequenceBatch:
     """The batch's rows at ``index``."""
-
-    def pick(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return x[index]
-        return {k: v[index] for k, v in x.items()} if isinstance(x, dict) else x
-
-    return SequenceBatch(*(pick(x) for x in batch))
+    return batch.rows(index)
 
 
 def split(batch: SequenceBatch, parts: int, together: Tensor | None) -> Iterator[SequenceBatch]:

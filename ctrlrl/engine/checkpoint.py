@@ -187,9 +187,7 @@ def _kind(file: Path) -> str:
         head = opened.read(4)
     # Asked only now: a safetensors file may begin with these bytes too, they are the length of its header.
     if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1] in range(2, 6)):
-        return (
-            "it is a zip or pickle file, or damaged. ctrlrl never unpickles checkpoints"
-        )
+        return "it is a zip or pickle file, or damaged. ctrlrl never unpickles checkpoints"
     return "it is truncated or damaged. Use another checkpoint of the run (last or best) or train again"
 
 

@@ -321,7 +321,9 @@ class Collector:
         Raises:
             ValueError: It has none.
         """
-        limit = None if self.spec is None else envpool.step_limit(self.spec.id.rpartition(":")[2])
+        limit = None
+        if self.spec is not None:
+            limit = self.spec.kwargs.get("max_episode_steps") or envpool.step_limit(self.spec.id.rpartition(":")[2])
         if limit is None:
             raise ValueError("these episodes have no registered limit; give max_steps (on the command line --horizon)")
         return limit

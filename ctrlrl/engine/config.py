@@ -35,7 +35,8 @@ class EpisodesConfig:
     """Return from which an episode counts as solved, where the environment does not say; None: above its group's
     mean."""
     reference: str | None = None
-    """Run whose policy is the reference (or the teacher); None is this policy as it starts."""
+    """Run whose policy is the reference (or the teacher); None is this policy as it starts, its observation statistics
+    included."""
     tempered_share: float = 0.25
     """Share of the groups that is sampled again at another temperature, for losses that ask for it."""
     replay_rows: int = 2048
@@ -45,7 +46,7 @@ class EpisodesConfig:
     behaviour_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision in which the sampler computes, for losses that correct for it."""
     kl_reward_coef: float = 0.0
-    """Weight of log(policy / reference) taken off each reward before advantages along time."""
+    """Weight of log(policy / reference) taken off each reward, and so off the return that sequences are compared by."""
 
     def __post_init__(self) -> None:
         check_types(self)

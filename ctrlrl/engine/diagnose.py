@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.core import penalty, ratio
+from ctrlrl.core.support import restricted_logp
 from ctrlrl.data.rows import split
 from ctrlrl.engine.log import Histogram
 from ctrlrl.losses.base import Knobs, PolicyLoss
@@ -165,7 +166,11 @@ def _look_at(policy: Any, loss: PolicyLoss, batch: SequenceBatch, knobs: Knobs) 
     mask = batch.mask
     assert batch.coef is not None
     with torch.no_grad():
-        out = policy(batch.obs, batch.action)
+        inputs = (batch.obs, batch.action) if batch.route is None else (batch.obs, batch.action, batch.route)
+        out = policy(*inputs)
+        if "support" in loss.needs and batch.support is not None:  # as logp_old is
+            logp = restricted_logp(out.dist.params()["logits"], batch.support, batch.action)
+            out = out._replace(logp=logp)
         log_ratio = ratio.log_ratio(out.logp, batch.logp_old, mask)
         clipped = loss.log_ratio(batch, out) if isinstance(loss, ClippedGroupLoss) else log_ratio
     found = {
@@ -190,4 +195,8 @@ def gradient_weight(loss: PolicyLoss, batch: SequenceBatch, out: PolicyOutput, k
     logp = out.logp.detach().requires_grad_()
     with torch.enable_grad():
         total = loss.loss(batch, out._replace(logp=logp), knobs).policy
-    return -torch.autograd.grad(total, logp)[0] if total.requires_grad else None
+    if not total.requires_grad:
+        return None
+    # a deviation that is a parameter of its own may take a gradient where logp takes none
+    (gradient,) = torch.autograd.grad(total, logp, allow_unused=True)
+    return None if gradient is None else -gradient

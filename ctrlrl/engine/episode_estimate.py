@@ -12,7 +12,7 @@ from ctrlrl.core.support import restricted_logp
 from ctrlrl.data.episodes import Episodes
 from ctrlrl.engine.config import OnPolicyConfig
 from ctrlrl.losses.needs import Need
-from ctrlrl.types import Obs, SequenceBatch
+from ctrlrl.types import TEMPERED, Obs, SequenceBatch
 
 ROWS = 256
 """Episodes per forward pass here, which bounds its memory."""
@@ -67,6 +67,7 @@ def estimate_episodes(
         found = _values_only(policy, e, last_value is not None)
         reference = None
     logp, value = found["logp"], found["value"]
+    plain = logp
     if e.support is not None:
         logp = restricted_logp(found["dist"]["logits"], e.support, e.action)
     exists = torch.arange(e.mask.shape[1], device=e.mask.device) < e.length.unsqueeze(1)
@@ -76,9 +77,15 @@ def estimate_episodes(
     if last_value is not None:
         reward = e.reward_t
         if ref is not None and config.episodes.kl_reward_coef:
-            reward = reward - config.episodes.kl_reward_coef * torch.where(e.mask, logp - ref["logp"], zero)
+            reward = reward - config.episodes.kl_reward_coef * torch.where(e.mask, plain - ref["logp"], zero)
         gain = _advantage(config, e, reward, value, last_value, exists)
     returns = e.returns()
+    # who is compared with whom where outcomes are ranked: what is tempered is not the policy's own doing
+    peers = torch.where(source == TEMPERED, e.group + e.group.max() + 1, e.group)
+    regularised = returns
+    if ref is not None and config.episodes.kl_reward_coef:
+        drift = torch.where(e.mask, plain - ref["logp"], zero).sum(1)
+        regularised = returns - config.episodes.kl_reward_coef * drift
     return SequenceBatch(
         obs=e.obs,
         action=e.action,
@@ -92,19 +99,20 @@ def estimate_episodes(
         dist_ref=None if ref is None else ref["dist"],
         logp_behaviour=None if e.logp_behaviour is None else torch.where(e.mask, e.logp_behaviour, zero),
         entropy_old=torch.where(e.mask, found["entropy"], zero),
-        sequence_return=returns,
+        sequence_return=regularised,
         group=e.group,
         task=torch.zeros_like(e.group) if e.task is None else e.task,
         turn=e.turn,
         score=score,
-        success=success_of(e, config.episodes.success_return),
+        success=success_of(e._replace(group=peers), config.episodes.success_return),
         rewards=returns.unsqueeze(-1) if e.rewards is None else e.rewards,
         answer=(score * 10.0).floor().long() if e.answer is None else e.answer,
-        preference=preference_of(returns, e.group) if "preferences" in wanted else None,
+        preference=preference_of(returns, peers) if "preferences" in wanted else None,
         source=source,
         pivot=pivot,
         void=e.void if e.void is not None else torch.zeros_like(e.mask),
         support=e.support,
+        route=policy.route(e.obs) if "routes" in wanted and hasattr(policy, "route") else None,
     )
 
 
@@ -142,11 +150,21 @@ def preference_of(returns: Tensor, group: Tensor) -> Tensor:
 def _advantage(
     config: OnPolicyConfig, e: Episodes, reward_t: Tensor, value: Tensor, last_value: Tensor, exists: Tensor
 ) -> Tensor:
-    """[B, T] GAE along each row; what lies behind a row's end takes no part."""
-    ahead = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
+    """[B, T] GAE along each row's own decisions.
+
+    Positions that the policy did not choose (the environment's, hints, copied prefixes) cost no time and have no value
+    of their own, which the value function would not have learned: they stand for the next decision, or for what
+    follows the row's end. What lies behind that end takes no part.
+    """
     final = torch.arange(value.shape[1], device=value.device) == (e.length - 1).unsqueeze(1)
+    passed = exists & ~e.mask
+    through = (passed & ~final).to(value.dtype)
+    own = torch.where(e.mask, value, torch.where(final, last_value.unsqueeze(1), torch.zeros_like(value)))
+    value = torch.where(passed, advantage.linear_recurrence(through, own, dim=1, reverse=True), value)
+    ahead = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
     ahead = torch.where(final, last_value.unsqueeze(1), ahead)
     cut = e.terminated_t | e.truncated_t | ~exists
-    discount = config.gamma * (~e.terminated_t & exists).to(value.dtype)
-    gain = advantage.gae(reward_t.T, discount.T, cut.T, value.T, ahead.T, config.gae_lambda)
-    return gain.T
+    one = torch.ones_like(value)
+    discount = torch.where(passed, one, config.gamma * one) * (~e.terminated_t & exists)
+    trace = torch.where(passed, one, config.gae_lambda * one)
+    return advantage.gae(reward_t.T, discount.T, cut.T, value.T, ahead.T, trace.T).T

@@ -17,12 +17,12 @@ from ctrlrl.data.episodes import Episodes, concatenate
 from ctrlrl.data.replay import Replay
 from ctrlrl.engine import environments, extras
 from ctrlrl.engine.config import OnPolicyConfig
-from ctrlrl.engine.episode_estimate import estimate_episodes
+from ctrlrl.engine.episode_estimate import estimate_episodes, success_of
 from ctrlrl.engine.feed import Gathered, denoising_rows
 from ctrlrl.engine.player import Player
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.losses.base import Memory, PolicyLoss
-from ctrlrl.losses.needs import Need
+from ctrlrl.losses.needs import PROVIDES, Need
 from ctrlrl.types import ON_POLICY, EnvSpec, World
 
 
@@ -41,7 +41,7 @@ class EpisodeFeed:
     ) -> None:
         self.player, self.policy, self.loss, self.config = player, policy, loss, config
         self.seed, self.world, self.spec = seed, world, spec
-        self.wanted: frozenset[Need] = loss.required() | loss.uses
+        self.wanted: frozenset[Need] = loss.required() | (loss.uses & PROVIDES[world])
         self.reference: Any = None
         self.memory: Memory = loss.memory()
         self.bounds = (math.inf, -math.inf)
@@ -55,6 +55,7 @@ class EpisodeFeed:
             self.pool = [derive(seed, "pool", k) for k in range(settings.seed_pool)]
         elif self.selector is not None:
             raise ValueError(f"{loss.name} chooses among known seeds: set seed_pool to their number")
+        self.horizon = player.horizon
         self.steps_bound = settings.n_groups * settings.group_size * player.horizon
 
     # -- one iteration ------------------------------------------------------------------------
@@ -67,7 +68,6 @@ class EpisodeFeed:
         self.player.new_iteration(iteration)
         selection = self._select(iteration, progress)
         group = torch.arange(len(selection.index)).repeat_interleave(selection.size)
-        index = selection.index[group]
         seeds = self._seeds(iteration, selection)
         drawn = extras.draw_all(
             self.player,
@@ -92,11 +92,10 @@ class EpisodeFeed:
         )  # fmt: skip
         if self.selector is not None:
             assert self.features is not None
-            mine = own[: len(index)]
-            self.selector_state = self.selector.learn(
-                self.selector_state, index[mine], score[: len(index)][mine].cpu(), self.features[index[mine]]
-            )
-        stats = self._stats(episodes, batch, own)
+            mine = own.cpu()
+            seen = selection.index[episodes.group.cpu()][mine]
+            self.selector_state = self.selector.learn(self.selector_state, seen, score.cpu()[mine], self.features[seen])
+        stats = self._stats(drawn.own, batch, own)
         if self.replay is not None:
             fresh = batch.mask.shape[0]
             batch = self.replay.extend(batch)
@@ -109,14 +108,13 @@ class EpisodeFeed:
         if self.replay is not None:
             keep = self.loss.keep(start.batch) & (start.batch.source == ON_POLICY)
             self.replay.update(start.batch._replace(coef=None, weight=None), keep)
-        lengths = episodes.length.tolist()
-        ended = [(float(r), int(n)) for r, n, o in zip(returns.tolist(), lengths, own.tolist(), strict=True) if o]
+        ended = list(zip(drawn.own.returns().tolist(), drawn.own.length.tolist(), strict=True))
         obs = {k: v.transpose(0, 1) for k, v in episodes.obs.items()} if isinstance(episodes.obs, dict) else (
             episodes.obs.transpose(0, 1)
         )  # fmt: skip
         exists = torch.arange(episodes.mask.shape[1], device=episodes.length.device) < episodes.length.unsqueeze(1)
         return Gathered(
-            update, obs, exists.T, ended, int(sum(lengths)) + drawn.discarded, collecting,
+            update, obs, exists.T, ended, int(episodes.length.sum()) + drawn.discarded, collecting,
             episodes.simulation_s, stats | start.stats,
         )  # fmt: skip
 
@@ -174,7 +172,7 @@ class EpisodeFeed:
         mask = batch.mask & own.unsqueeze(1)
         known = self.world != "flow" and bool(mask.any())  # a denoising step's entropy is its schedule's
         stats = {"entropy": batch.entropy_old[mask].mean()} if known else {}
-        stats["success"] = batch.success[own].float().mean()
+        stats["success"] = success_of(episodes, self.config.episodes.success_return).float().mean()
         return stats
 
     # -- state --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ctrlrl.data.episodes import Episodes, concatenate, pad, take
 from ctrlrl.engine.config import EpisodesConfig
 from ctrlrl.engine.player import Player
 from ctrlrl.losses.needs import Need
-from ctrlrl.types import DEMONSTRATION, ON_POLICY, RETRIED, TEMPERED
+from ctrlrl.types import DEMONSTRATION, HINTED, ON_POLICY, RETRIED, TEMPERED
 
 
 class Drawn(NamedTuple):
@@ -23,6 +23,8 @@ class Drawn(NamedTuple):
     """[B] see ``SequenceBatch.source``."""
     pivot: Tensor
     """[B] see ``SequenceBatch.pivot``."""
+    own: Episodes
+    """What the policy did by itself, from the start, to be reported."""
     discarded: int
     """Environment steps of episodes that were replaced by others."""
 
@@ -37,14 +39,23 @@ def draw_all(
     temperature: float,
     noise: torch.Generator,
 ) -> Drawn:
-    """Play one episode from each of ``seeds``, and the others that ``wanted`` asks for."""
+    """Play one episode from each of ``seeds``, and the others that ``wanted`` asks for.
+
+    Raises:
+        ValueError: Retries together with other kinds of episodes.
+    """
     if "retries" in wanted:
+        others = sorted(wanted & {"hints", "tempered", "demonstrations"})
+        if others:
+            raise ValueError(f"retries cannot be combined with {', '.join(others)}")
         return with_retries(player, seeds, group, noise)
-    main = player.play(seeds, group)
+    main = own = player.play(seeds, group)
     discarded = 0
+    source = _like(main, ON_POLICY)
     if "hints" in wanted:
-        main, discarded = with_hints(player, loss, main, seeds)
-    parts, sources = [main], [_like(main, ON_POLICY)]
+        main, hinted, discarded = with_hints(player, loss, main, seeds)
+        source = torch.where(hinted, HINTED, source)
+    parts, sources = [main], [source]
     if "tempered" in wanted:
         chosen = tempered_groups(group, settings.tempered_share, noise)
         part = player.play([seeds[k] for k in chosen.tolist()], group[chosen], temperature=temperature)
@@ -55,7 +66,7 @@ def draw_all(
         parts.append(part)
         sources.append(_like(part, DEMONSTRATION))
     source = torch.cat(sources)
-    return Drawn(parts, source, torch.zeros_like(source), discarded)
+    return Drawn(parts, source, torch.zeros_like(source), own, discarded)
 
 
 def _like(episodes: Episodes, value: int) -> Tensor:
@@ -83,9 +94,13 @@ def demonstrations(player: Player, main: Episodes, seeds: Sequence[int]) -> Epis
     return part._replace(mask=mask & exists)
 
 
-def with_hints(player: Player, loss: Any, main: Episodes, seeds: Sequence[int]) -> tuple[Episodes, int]:
-    """Play groups that fail again, in their place, after ever longer parts of their solution (GHPO)."""
+def with_hints(player: Player, loss: Any, main: Episodes, seeds: Sequence[int]) -> tuple[Episodes, Tensor, int]:
+    """Play groups that fail again, in their place, after ever longer parts of their solution (GHPO).
+
+    Returns the episodes, which of them were hinted [B], and the steps of those that were replaced.
+    """
     discarded = 0
+    replaced = torch.zeros_like(main.group, dtype=torch.bool)
     for ratio in loss.hint_ratios:
         hard = loss.hard(main.returns().clamp(0.0, 1.0), main.group)
         rows = hard.nonzero().flatten()
@@ -101,7 +116,8 @@ def with_hints(player: Player, loss: Any, main: Episodes, seeds: Sequence[int]) 
         kept = (~hard).nonzero().flatten()
         joined = concatenate([take(main, kept), again._replace(solution=solution)])
         main = take(joined, torch.argsort(torch.cat([kept, rows])))
-    return main, discarded
+        replaced |= hard
+    return main, replaced, discarded
 
 
 def with_retries(player: Player, seeds: Sequence[int], group: Tensor, noise: torch.Generator) -> Drawn:
@@ -122,9 +138,10 @@ def with_retries(player: Player, seeds: Sequence[int], group: Tensor, noise: tor
     pivot = _pivots(base, noise)
     again = player.play(chosen, group[half], forced=base.action, forced_length=pivot)
     source = torch.cat([_like(base, ON_POLICY), _like(again, RETRIED)])
+    own = base
     before = torch.arange(base.mask.shape[1], device=pivot.device) < pivot.unsqueeze(1)
     base = base._replace(mask=base.mask & ~before)
-    return Drawn([base, again], source, torch.cat([pivot, pivot]), 0)
+    return Drawn([base, again], source, torch.cat([pivot, pivot]), own, 0)
 
 
 def _pivots(base: Episodes, noise: torch.Generator) -> Tensor:

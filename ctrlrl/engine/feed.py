@@ -45,7 +45,9 @@ class Feed(Protocol):
     """What the loop asks of a feed."""
 
     steps_bound: int
-    """Most environment steps that an iteration takes."""
+    """Environment steps of an iteration without what a loss asks for beside it, at most."""
+    horizon: int
+    """Positions of the longest row there can be."""
 
     def border(self, iteration: int) -> None:
         """Start afresh: everything after it follows from the seed, the iteration and the saved state."""
@@ -88,7 +90,9 @@ class TransitionFeed:
         self.collector, self.policy, self.loss, self.config = collector, policy, loss, config
         self.normalizer, self.seed, self.world = normalizer, seed, world
         self.reference: Any = None
+        self.memory = loss.memory()
         self.steps_bound = config.n_steps * collector.n_envs
+        self.horizon = 1
 
     def border(self, iteration: int) -> None:
         self.collector.border(self.seed, iteration)
@@ -105,19 +109,21 @@ class TransitionFeed:
         elif self.reference is not None:
             ref = outputs(self.reference, batch.obs, batch.action, False)
             batch = batch._replace(logp_ref=ref["logp"], dist_ref=ref["dist"])
+        start = self.loss.begin(batch, knobs, self.memory)
+        self.memory = start.memory
         return Gathered(
-            batch, collected.obs, collected.valid_t, collected.episodes, self.steps_bound, collecting,
-            collected.simulation_s, {},
+            start.batch, collected.obs, collected.valid_t, collected.episodes, self.steps_bound, collecting,
+            collected.simulation_s, start.stats,
         )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
-        return {}
+        return {f"memory/{k}": v for k, v in self.memory.items()}
 
     def counters(self) -> dict[str, Any]:
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Nothing lasts from one iteration to the next here."""
+        self.memory = {k.removeprefix("memory/"): v for k, v in tensors.items() if k.startswith("memory/")}
 
     def close(self) -> None:
         self.collector.close()

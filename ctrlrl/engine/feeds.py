@@ -22,8 +22,10 @@ from ctrlrl.nets.normalizer import RewardNormalizer
 from ctrlrl.types import EnvSpec, World
 
 
-def make_reference(policy: Policy, loss: PolicyLoss, config: OnPolicyConfig) -> Policy | None:
+def make_reference(policy: Policy, loss: PolicyLoss, config: OnPolicyConfig, restoring: bool = False) -> Policy | None:
     """The frozen reference policy, where the loss or a setting asks for one: a copy, or a run's policy.
+
+    With ``restoring`` a checkpoint will fill it, and the run it came from is not looked for.
 
     Raises:
         CheckpointError: The run's network is not of this shape.
@@ -32,7 +34,7 @@ def make_reference(policy: Policy, loss: PolicyLoss, config: OnPolicyConfig) -> 
     if not wanted & {"logp_ref", "teacher"} and settings.kl_reward_coef == 0:
         return None
     reference = copy.deepcopy(policy).requires_grad_(False)
-    if settings.reference is not None:
+    if settings.reference is not None and not restoring:
         path = Path(settings.reference) / runfolder.CHECKPOINTS / "last.safetensors"
         # its critics are not asked, so the run may have been of a method with others
         own = {f"policy/{k}": v for k, v in reference.state_dict().items() if k.startswith("critics.")}

@@ -54,7 +54,8 @@ def drawn_from(dist: Distribution, temperature: float, support: Tensor | None) -
     Raises:
         ValueError: A support for actions that are not one choice among finitely many.
     """
-    params = dist.params()
+    # float32 whatever the sampler computes in, so that the probabilities that are kept add up to one
+    params = {k: v.float() for k, v in dist.params().items()}
     if isinstance(dist, Categorical):
         logits = params["logits"] / temperature
         return Categorical(logits if support is None else logits.masked_fill(~support, -torch.inf))
@@ -158,6 +159,8 @@ class _Kept:
     """Samples as ``draw`` says, and keeps what only then is known."""
 
     def __init__(self, draw: Draw, steps: int, total: int) -> None:
+        if draw.forced is not None and draw.forced_length is not None:  # clocks and choices live on the CPU
+            draw = draw._replace(forced=draw.forced.cpu(), forced_length=draw.forced_length.cpu())
         self.draw, self.total = draw, total
         self.free = None if draw.forced is None else torch.ones(steps, total, dtype=torch.bool)
         self.logp = torch.zeros(steps, total) if draw.behaviour else None
@@ -209,10 +212,11 @@ class _Kept:
         longest = collected.reward_t.shape[0]
         every = range(self.total)
         success = rewards = None
-        if len(self.success) == self.total:
-            success = torch.tensor([self.success[k] for k in every], device=device)
-        if len(self.rewards) == self.total:
-            rewards = torch.from_numpy(np.stack([self.rewards[k] for k in every])).to(device)
+        if self.success:  # an environment that says it of some means no where it is silent
+            success = torch.tensor([self.success.get(k, False) for k in every], device=device)
+        if self.rewards:
+            nothing = np.zeros_like(next(iter(self.rewards.values())))
+            rewards = torch.from_numpy(np.stack([self.rewards.get(k, nothing) for k in every])).to(device)
 
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:longest].to(device)

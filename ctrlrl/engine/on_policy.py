@@ -49,6 +49,7 @@ class OnPolicyAgent(Agent):
         env_kwargs: Keyword arguments of the environment, with an id.
         preset: Named settings of the method.
         encoder: Your own encoder class, or its ``package.module:Class`` (see NetworkConfig.encoder).
+        restoring: A checkpoint follows, which holds the reference policy too.
         **settings: Fields of OnPolicyConfig, NetworkConfig and the loss, by name.
     """
 
@@ -70,6 +71,7 @@ class OnPolicyAgent(Agent):
         env_kwargs: dict[str, Any] | None = None,
         preset: str | None = None,
         encoder: Any = None,
+        restoring: bool = False,
         **settings: Any,
     ) -> None:
         self.method = method or self.method
@@ -84,7 +86,8 @@ class OnPolicyAgent(Agent):
         kind = str(settings.get("policy", "auto"))
         self.world = world_of(self.action_space, self.tokens, kind, loss_type.needs)
         episodes = whole_episodes(self.world, loss_type.needs)
-        if episodes and isinstance(resolved, EnvSpec) and backend in (None, "auto"):
+        asked = backend or (env.backend if isinstance(env, EnvSpec) else "auto")
+        if episodes and isinstance(resolved, EnvSpec) and asked == "auto":
             # EnvPool cannot start episodes from given seeds
             resolved = environments.resolve(dataclasses.replace(resolved, backend="sync"))
         self._live = None if isinstance(resolved, EnvSpec) else resolved
@@ -107,7 +110,7 @@ class OnPolicyAgent(Agent):
             logger.warning("--compile needs a C++ compiler (g++ or clang++) and none was found: running eager.")
             compile = False
         self.updater = Updater(self.policy, self.loss, self.config, compile)
-        self.reference = make_reference(self.policy, self.loss, self.config)
+        self.reference = make_reference(self.policy, self.loss, self.config, restoring)
         actor: Any = self.policy
         self.collector = Collector(self._source(), actor, self.config.n_steps, device=self.device, seed=self.seed)
         self.feed = make_feed(
@@ -309,7 +312,8 @@ class OnPolicyAgent(Agent):
         for name, controller in self.controllers.items():
             self.controller_states[name], knobs = controller.step(self.controller_states[name], stats)
             numbers |= knobs
-        return {k: torch.tensor(v, device=self.device) for k, v in numbers.items()}, numbers
+        tensors = {k: torch.tensor(v, device=self.device) for k, v in numbers.items()}
+        return tensors | {"horizon": torch.tensor(float(self.feed.horizon), device=self.device)}, numbers
 
     def _accept(self, found: dict[str, Tensor], batch: SequenceBatch, knobs: dict[str, Tensor]) -> dict[str, float]:
         """Check the update for NaN, make it the policy's, and average its metrics."""
@@ -423,7 +427,7 @@ class OnPolicyAgent(Agent):
         if self.reference is not None:
             load_module(self.reference, tensors, "reference/")
         mine = {k.removeprefix("feed/"): v for k, v in tensors.items() if k.startswith("feed/")}
-        self.feed.restore(mine, counters["feed"])
+        self.feed.restore(mine, counters.get("feed", {}))
         if tensors["optimizer/m"].shape != state.m.shape:
             raise CheckpointError("the checkpoint's network differs in size from this agent's; use the run's config")
         self.updater.state = state._replace(

@@ -114,6 +114,7 @@ class ControlPlayer(Player):
         super().__init__(policy, loss, config, seed, device)
         self.collector = collector
         self.horizon = config.episodes.horizon or collector.horizon()
+        self.says_success = False
 
     def _play(
         self,
@@ -129,7 +130,19 @@ class ControlPlayer(Player):
             lagged = self.lagged
             support = lambda obs: self.allowed(lagged.distribution(obs).params()["logits"])  # noqa: E731
         draw = Draw(temperature, support, self.behaviour, self.dtype, forced, forced_length)
-        return episodes_of(self.collector.collect_episodes(seeds, group, self.horizon, noise, draw))
+        episodes = episodes_of(self.collector.collect_episodes(seeds, group, self.horizon, noise, draw))
+        if episodes.success is not None:
+            self.says_success = True
+        elif self.says_success:  # said before, so this time all failed
+            episodes = episodes._replace(success=torch.zeros_like(episodes.group, dtype=torch.bool))
+        return episodes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "says_success": torch.tensor(self.says_success)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        super().restore(tensors)
+        self.says_success = bool(tensors.get("says_success", False))
 
     def close(self) -> None:
         self.collector.close()
@@ -185,8 +198,10 @@ class TokenPlayer(Player):
         self._envs: dict[int, gym.vector.VectorEnv] = {}
 
     def _env(self, width: int) -> gym.vector.VectorEnv:
-        if width not in self._envs:
-            self._envs[width] = environments.make_native(self.spec, width)
+        wider = [w for w in self._envs if w >= width]
+        if wider:  # surplus places stay idle
+            return self._envs[min(wider)]
+        self._envs[width] = environments.make_native(self.spec, width)
         return self._envs[width]
 
     def _play(

@@ -96,7 +96,8 @@ def make_step(
     def outputs(params: Tensor, batch: SequenceBatch) -> PolicyOutput:
         # views of one vector are never tied, and looking for ties costs a tenth of an eager step
         views = flat.views(params)
-        return torch.func.functional_call(policy, views, (batch.obs, batch.action), tie_weights=False)
+        inputs = (batch.obs, batch.action) if batch.route is None else (batch.obs, batch.action, batch.route)
+        return torch.func.functional_call(policy, views, inputs, tie_weights=False)
 
     def objective(
         params: Tensor, batch: SequenceBatch, knobs: Knobs, denominator: Tensor, count: Tensor

@@ -19,7 +19,7 @@ from ctrlrl.types import World
 Policy: TypeAlias = ActorCritic | FlowPolicy | TransformerPolicy | TabularPolicy
 
 _DENOISING: frozenset[Need] = frozenset({"denoising", "matching"})
-_SINGLE: frozenset[Need] = frozenset({"categorical", "support", "plain_action"})
+_SINGLE: frozenset[Need] = frozenset({"categorical", "support", "plain_action", "tempered"})
 _CAPABILITY: dict[str, World] = {"tokens": "tokens", "discrete": "discrete", "box": "continuous", "flow": "flow"}
 
 
@@ -71,6 +71,8 @@ def check_world(loss: PolicyLoss, world: World, action_space: gym.Space, config:
     if absent:
         what = "; ".join(f"{need} ({NEEDS[need]})" for need in absent)
         raise ConfigError(f"{loss.name} cannot run on {WORLDS[world]} here: it needs {what}")
+    if config.episodes.kl_reward_coef > 0 and (world == "flow" or not whole_episodes(world, loss.needs)):
+        raise ConfigError(f"kl_reward_coef acts on whole episodes of actions; {loss.name} sees none: leave it at 0")
     if not whole_episodes(world, loss.needs):
         if "value" not in loss.critics and "values" in required:
             raise ConfigError(f"{loss.name} needs values but has no critic named 'value'")

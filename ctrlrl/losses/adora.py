@@ -26,6 +26,10 @@ class ADORA(ClippedGroupLoss):
     """
 
     paper: ClassVar[str] = "ADORA: Training Reasoning Models with Dynamic Advantage Estimation, arXiv:2602.10019"
+    differs: ClassVar[str] = (
+        "No length is left out as truncated by default (released: failures from 4054 tokens on). The two released "
+        "versions treat groups of one outcome in opposite ways, which matters for graded returns alone: one_sided."
+    )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip",
         "ratio": "token",

@@ -15,8 +15,6 @@ from ctrlrl.losses.group import Aggregation, GroupLoss
 from ctrlrl.losses.needs import Slot
 from ctrlrl.types import PolicyOutput, SequenceBatch
 
-CHOICES = {"contribution": ("value", "gradient"), "first": ("high", "low")}
-
 
 @register
 @dataclass(frozen=True)
@@ -77,9 +75,6 @@ class BAPO(GroupLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {' or '.join(known)}")
         for low, high in (("ratio_low", "ratio_low_max"), ("ratio_high", "ratio_high_max")):
             if not 0.0 < getattr(self, low) <= getattr(self, high):
                 raise ValueError(f"{low}={getattr(self, low)} must lie in (0, {high}={getattr(self, high)}]")

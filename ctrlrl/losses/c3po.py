@@ -25,8 +25,10 @@ class C3PO(GRPO):
         "Ring-lite: Scalable Reasoning via C3PO-Stabilized Reinforcement Learning for LLMs, arXiv:2506.14731, sec. 3.2"
     )
     differs: ClassVar[str] = (
-        "The paper's budget is 409600 tokens per step; the default suits 64 episodes. Its entropy bonus (5e-4, printed "
-        "with the opposite sign) is the loop's entropy_coef; its router losses are for mixtures of experts."
+        "The paper's budget is 409600 tokens per step, of sequences drawn at random; the default is for small tasks, "
+        "and sequences are taken in the order of the batch, which is shuffled unless batch_size is None. Its entropy "
+        "bonus (5e-4, printed with the opposite sign) is the loop's entropy_coef; its router losses are for mixtures "
+        "of experts."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip; positions within the budget",
@@ -38,7 +40,7 @@ class C3PO(GRPO):
 
     ref_kl_coef: float = 1e-3
     """Weight of the KL from the reference policy."""
-    budget: int = 2048
+    budget: int = 256
     """Positions per optimiser step."""
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ class CAPO(GroupLoss):
         "ratio": "token",
         "advantage": "(R - group mean) / group std",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"plain_action", "groups", "sequence_return"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"step_dist", "plain_action", "groups", "sequence_return"})
     aggregation: ClassVar[Aggregation] = "token_mean"
 
     model_step: float = 0.002

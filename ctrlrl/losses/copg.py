@@ -39,7 +39,7 @@ class CoPG(PolicyLoss):
         "likelihood": "squared differences of sequences",
         "regulariser": "sequence log-ratio to the reference, in the return",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "sequence_return", "logp_ref"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"whole_rows", "groups", "sequence_return", "logp_ref"})
     critics: ClassVar[tuple[str, ...]] = ()
 
     kl_temp: float = 0.1

@@ -14,7 +14,7 @@ from ctrlrl.core import budget
 from ctrlrl.core.control import Controller, LinearSchedule
 from ctrlrl.losses.base import Knobs, Memory, Start, register
 from ctrlrl.losses.group import ClippedGroupLoss
-from ctrlrl.losses.needs import Slot
+from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import SequenceBatch
 
 
@@ -42,6 +42,7 @@ class D3S(ClippedGroupLoss):
         "advantage": "(R - group mean) / group std",
         "selection": "rows of largest advantage variance",
     }
+    needs: ClassVar[frozenset[Need]] = frozenset({"step_dist", "groups", "sequence_return"})
 
     rows_start: float = 0.5
     """Share of the rows kept at the start of the run."""

@@ -32,8 +32,8 @@ class DCPO(ClippedGroupLoss):
     )
     differs: ClassVar[str] = (
         "Without a success the added term is absent; the released code divides by zero there. The ratio to the "
-        "tempered policy is bounded by ratio_tempered_max, since that of a Gaussian has no bound for T > 1. "
-        "Gaussians are tempered by their deviation, sigma sqrt(T)."
+        "tempered policy is bounded by ratio_tempered_max, since that of a Gaussian has no bound for T > 1; the bound "
+        "is ours. Gaussians are tempered by their deviation, sigma sqrt(T)."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip, dual clip",

@@ -29,7 +29,8 @@ class DiffusionOPD(PolicyLoss):
         "DiffusionOPD: A Unified Perspective of On-Policy Distillation in Diffusion Models, arXiv:2605.15055"
     )
     differs: ClassVar[str] = (
-        "Where student and teacher have deviations of their own, the whole KL is taken: the student's learns as well."
+        "Where student and teacher have deviations of their own, the whole KL is taken: the student's learns as well. "
+        "One teacher; the paper has one per task and lets batches of the tasks take turns."
     )
     slots: ClassVar[Mapping[Slot, str]] = {"regulariser": "exact KL to the teacher, alone"}
     needs: ClassVar[frozenset[Need]] = frozenset({"gaussian", "teacher"})

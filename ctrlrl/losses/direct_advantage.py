@@ -30,7 +30,8 @@ class DirectAdvantage(PolicyLoss):
         "A rollout holds one action per state, not several candidates from a critic trained on Monte-Carlo success "
         "rates. So the advantage is the generalised estimate, centred over the update batch in place of the "
         "candidates of a state, and there is no filter that drops states whose candidates lie within 0.1 of each "
-        "other. The reference is the policy that collected the data, renewed with every iteration."
+        "other, nor one for equal candidates. The reference is the policy that collected the data, renewed with every "
+        "iteration."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "ratio": "inside the regression, token or turn's sum",

@@ -33,7 +33,7 @@ class DPO(PolicyLoss):
         "likelihood": "logistic loss on the pair's log-ratios",
         "selection": "one pair per group",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "preferences", "logp_ref"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"whole_rows", "groups", "preferences", "logp_ref"})
     critics: ClassVar[tuple[str, ...]] = ()
 
     kl_temp: float = 0.1

@@ -26,14 +26,12 @@ class DrGRPO(ClippedGroupLoss):
 
     paper: ClassVar[str] = "Understanding R1-Zero-Like Training: A Critical Perspective (Dr. GRPO), arXiv:2503.20783"
     differs: ClassVar[str] = (
-        "The paper's sum has no length at all, the released code divides by the longest response allowed. The default "
-        "here is the length to which an iteration's episodes are padded, the same for all its update batches."
+        "The paper's sum has no length at all, the released code divides by the longest response allowed, as here."
     )
     slots: ClassVar[Mapping[Slot, str]] = {"mask": "clip", "ratio": "token", "advantage": "R - group mean"}
 
     max_length: int | None = None
-    """M, in positions. None takes the length that the iteration's episodes are padded to; a number makes the step
-    size independent of it, and 1 gives the paper's plain sum."""
+    """M, in positions. None takes the longest that an episode can be; 1 gives the paper's plain sum."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +43,6 @@ class DrGRPO(ClippedGroupLoss):
         return adv.center_scale(batch.sequence_return, batch.group, scale="none")
 
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
-        length = batch.mask.shape[1] if self.max_length is None else self.max_length
+        length = knobs.get("horizon", batch.mask.shape[1]) if self.max_length is None else self.max_length
         weight, denominator = reduce.constant(batch.mask, length, batch.advantage.dtype)
         return Prepared({"advantage": self.advantage(batch)}, weight, denominator)

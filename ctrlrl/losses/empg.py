@@ -27,12 +27,15 @@ class EMPG(ClippedGroupLoss):
     position is one.
     """
 
-    paper: ClassVar[str] = "Harnessing Uncertainty: Entropy-Modulated Policy Gradients, arXiv:2509.09265"
+    paper: ClassVar[str] = (
+        "Harnessing Uncertainty: Entropy-Modulated Policy Gradients for Long-Horizon LLM Agents, arXiv:2509.09265"
+    )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip",
         "ratio": "token",
         "advantage": "group z-score times confidence, plus the next turn's clarity",
     }
+    needs: ClassVar[frozenset[Need]] = frozenset({"step_dist", "groups", "sequence_return"})
     uses: ClassVar[frozenset[Need]] = frozenset({"turns"})
 
     confidence: float = 1.0

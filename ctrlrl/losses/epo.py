@@ -43,6 +43,7 @@ class EPO(ClippedGroupLoss):
         "advantage": "(R - group mean) / group std",
         "regulariser": "entropy, kept in a band around its history",
     }
+    needs: ClassVar[frozenset[Need]] = frozenset({"step_dist", "groups", "sequence_return"})
     uses: ClassVar[frozenset[Need]] = frozenset({"turns"})
     aggregation: ClassVar[Aggregation] = "token_mean"
 
@@ -54,7 +55,7 @@ class EPO(ClippedGroupLoss):
     """Part of the past entropy that may be lost; 1 for no lower bound."""
     eps_band_high: float = 0.2
     """Part of it that may be gained."""
-    phase: Literal["constant", "released"] = "constant"
+    phase: Literal["constant", "released"] = "released"
     """w(u): 1, or the code's 1 - (1 - exp(-4u)) / 5 in the first half of the run and 4/5 exp(3 - 6u) after."""
 
     def memory(self) -> Memory:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ctrlrl.core import advantage as adv
-from ctrlrl.core import gate, head, penalty
+from ctrlrl.core import gate, head, penalty, reduce
 from ctrlrl.core import ratio as ratios
 from ctrlrl.losses.base import Knobs, Memory, Prepared, Start, register
 from ctrlrl.losses.group import Aggregation, ClippedGroupLoss
@@ -67,7 +67,10 @@ class ETR(ClippedGroupLoss):
         undecided = 4.0 * adv.group_std(batch.score, batch.group, ddof=0).square()
         micro = 1.0 + self.advantage_coef * advantage.abs().clamp(max=self.advantage_max) / self.advantage_max
         width = micro * (1.0 + self.variance_coef * undecided.unsqueeze(-1))
-        return start._replace(batch=start.batch._replace(coef={"width": width}), stats={"clip_width": width.mean()})
+        return start._replace(
+            batch=start.batch._replace(coef={"width": width}),
+            stats={"clip_width": reduce.masked_mean(width, batch.mask)},
+        )
 
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
         assert batch.coef is not None

@@ -24,7 +24,9 @@ class GRPO(ClippedGroupLoss):
     k3 estimates KL(policy || reference) at each position; its gradient, at given positions, is that of the reverse.
     """
 
-    paper: ClassVar[str] = "DeepSeekMath: Pushing the Limits of Mathematical Reasoning, arXiv:2402.03300, eq. 3"
+    paper: ClassVar[str] = (
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models, arXiv:2402.03300, eq. 3"
+    )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip",
         "ratio": "token",
@@ -39,6 +41,9 @@ class GRPO(ClippedGroupLoss):
     """Of the group's deviation: 1 unbiased, 0 population. The paper does not say; TRL and verl take 1."""
     std_floor: float = 1e-6
     """Added to the group's deviation."""
+
+    def required(self) -> frozenset[Need]:
+        return self.needs - ({"logp_ref"} if self.ref_kl_coef == 0 else set())
 
     def outcome_advantage(self, batch: SequenceBatch) -> Tensor:
         assert batch.sequence_return is not None and batch.group is not None

@@ -30,16 +30,21 @@ class GRPOGuard(FlowGRPO):
         "GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated Clipping, arXiv:2510.22319"
     )
     differs: ClassVar[str] = (
-        "Sums over dimensions by default; the paper's mean is an option, to be used with much smaller eps. "
+        "Sums over dimensions by default, the paper's mean is an option. The bounds are ours: without the drift a "
+        "log-ratio is about as large as the change of an action, so the clip of other losses would never act. "
         "equal_steps divides by the gain of a step's mean on the velocity, where the released code divides by the "
         "step's length alone, and is scaled to mean one."
     )
     slots: ClassVar[Mapping[Slot, str]] = {**FlowGRPO.slots, "ratio": "denoising step, centred and rescaled"}
     needs: ClassVar[frozenset[Need]] = frozenset({*FlowGRPO.needs, "dist_old"})
 
+    eps_low: float = 0.01
+    """Distance below one at which a negative advantage stops earning a gradient."""
+    eps_high: float = 0.01
+    """Distance above one at which a positive advantage stops earning a gradient."""
     reduce: Literal["sum", "mean"] = "sum"
     """How the dimensions of an action enter the log-ratio; independent of what the policy does."""
-    equal_steps: bool = False
+    equal_steps: bool = True
     """Weigh each step's surrogate by one over its gain |d mu / d v|, so that none moves the velocity more than others.
     On an even grid of times only the first step has another gain."""
 

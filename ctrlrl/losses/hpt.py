@@ -81,7 +81,7 @@ class HPT(PolicyLoss):
         share = batch.coef["share"]
         shown = demonstrated(batch).unsqueeze(-1)
         counted = batch.mask & (share > 0)
-        length = batch.mask.shape[-1]
+        length = knobs.get("horizon", batch.mask.shape[-1])
         rows = (counted & ~shown).any(-1).sum().clamp(min=1)
         positions = (counted & shown).sum().clamp(min=1)
         scaled = torch.where(shown, self.sft_coef * share / positions, share / (rows * length))

@@ -27,7 +27,9 @@ class Knapsack(ClippedGroupLoss):
     differs: ClassVar[str] = (
         "The value is concave in n, so taking the best next episode is exact and no dynamic programme is needed (the "
         "released one counts the episodes that every group gets as worthless). Pass rates are smoothed and fade when "
-        "a seed is played again; the paper takes those of the last epoch, with a rule for 0 and 1."
+        "a seed is played again; the paper takes those of the last epoch, with a rule for 0 and 1. Where scores are "
+        "not 0 or 1 their mean stands for the pass rate, and chances of seeing both outcomes are only a measure of "
+        "spread."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip",

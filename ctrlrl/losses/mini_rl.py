@@ -29,9 +29,10 @@ class MiniRL(GroupLoss):
         "Stabilizing Reinforcement Learning with LLMs: Formulation and Practices (MiniRL), arXiv:2512.01374"
     )
     differs: ClassVar[str] = (
-        "The clip's bounds and the cap of the weight are recalled, not read. Replaying the experts that a mixture "
-        "policy chose when sampling has no place in a loss: such a policy must repeat its stored choice inside its "
-        "forward pass, and no policy here is a mixture."
+        "The clip's bounds and the cap of the weight are recalled, not read. Routing replay is a hook for mixture "
+        "policies, of which none is built in: one with a method route(obs) has its choice of branches stored under "
+        "the collecting policy (the paper's R2) and gets it back as policy(obs, action, route); choices of the "
+        "sampler itself (R3) are not stored."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip by the ratio to the old policy",
@@ -40,6 +41,7 @@ class MiniRL(GroupLoss):
         "likelihood": "log-probability",
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"groups", "sequence_return", "logp_behaviour"})
+    uses: ClassVar[frozenset[Need]] = frozenset({"routes"})
     aggregation: ClassVar[Aggregation] = "sequence_mean_token_sum"
 
     eps_low: float = 0.2

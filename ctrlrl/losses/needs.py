@@ -11,13 +11,17 @@ Slot: TypeAlias = Literal["mask", "ratio", "advantage", "likelihood", "regularis
 SLOTS: tuple[Slot, ...] = ("mask", "ratio", "advantage", "likelihood", "regulariser", "selection")
 
 Need: TypeAlias = Literal[
-    "values", "dist_old", "step_dist", "groups", "sequence_return", "score", "success", "rewards", "answers",
-    "preferences", "turns", "tasks", "logp_ref", "logp_behaviour", "demonstrations", "hints", "retries", "tempered",
-    "replay", "support", "categorical", "plain_action", "tree", "gaussian", "teacher", "denoising", "matching",
+    "values", "dist", "dist_old", "step_dist", "whole_rows", "routes", "groups", "sequence_return", "score",
+    "success", "rewards", "answers", "preferences", "turns", "tasks", "logp_ref", "logp_behaviour",
+    "demonstrations", "hints", "retries", "tempered", "replay", "support", "categorical", "plain_action", "tree",
+    "gaussian", "teacher", "denoising", "matching",
 ]  # fmt: skip
 
 NEEDS: dict[Need, str] = {
     "values": "a value function and advantages along time",
+    "dist": "the policy's whole action distribution",
+    "whole_rows": "rows that are whole episodes, one for each member of a group",
+    "routes": "the branches that a mixture policy chose",
     "dist_old": "the collecting policy's whole action distribution",
     "step_dist": "the action distribution of each step of an episode, known before updating begins",
     "groups": "several sequences from the same prompt or reset seed",
@@ -47,15 +51,18 @@ NEEDS: dict[Need, str] = {
 }
 
 _EVERYWHERE: frozenset[Need] = frozenset(
-    ["values", "dist_old", "step_dist", "plain_action", "groups", "sequence_return", "score", "success", "rewards",
-     "answers", "preferences", "tasks", "logp_ref", "logp_behaviour", "retries", "tempered", "replay"]
+    ["values", "dist", "dist_old", "step_dist", "whole_rows", "routes", "plain_action", "groups",
+     "sequence_return", "score", "success", "rewards", "answers", "preferences", "tasks", "logp_ref",
+     "logp_behaviour", "retries", "tempered", "replay"]
 )  # fmt: skip
 _TOKENS: frozenset[Need] = frozenset({"turns", "demonstrations", "hints", "support", "categorical", "tree"})
 _DISCRETE: frozenset[Need] = frozenset({"support", "categorical"})
 _CONTINUOUS: frozenset[Need] = frozenset({"gaussian"})
 _FLOW: frozenset[Need] = frozenset({"gaussian", "denoising", "matching"})
 # a sequence is the denoising of one action there: nothing that restarts or tempers an episode applies
-_NOT_FLOW: frozenset[Need] = frozenset({"step_dist", "logp_behaviour", "retries", "tempered", "replay"})
+_NOT_FLOW: frozenset[Need] = frozenset(
+    ["step_dist", "whole_rows", "routes", "logp_behaviour", "retries", "tempered", "replay"]
+)
 PROVIDES: dict[World, frozenset[Need]] = {
     "tokens": _EVERYWHERE | _TOKENS,
     "discrete": _EVERYWHERE | _DISCRETE,

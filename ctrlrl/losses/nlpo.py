@@ -39,7 +39,7 @@ class NLPO(PPO):
         "regulariser": "KL to the reference, in the reward",
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"values", "support", "categorical", "logp_ref"})
-    loop_defaults: ClassVar[Mapping[str, Any]] = {"kl_reward_coef": 0.1}
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"kl_reward_coef": 0.1, "epochs": 5}
 
     mask_top_p: float = 0.9
     """Probability that the allowed actions cover under the masking policy; 1 allows all of them: PPO."""

@@ -27,15 +27,16 @@ class P3O(PolicyLoss):
         "Pairwise Proximal Policy Optimization: Harnessing Relative Feedback for LLM Alignment, arXiv:2310.00212"
     )
     differs: ClassVar[str] = (
-        "All pairs of a group, each in both orders, instead of one pair per prompt. The KL to a reference is the "
-        "loop's to fold into the return. We know the gradient at ratio one; where exactly the clips sit is inferred."
+        "All pairs of a group, each in both orders, instead of one pair per prompt. The KL to a reference is folded "
+        "into the return by the loop's kl_reward_coef. We know the gradient at ratio one; where exactly the clips sit "
+        "is inferred."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip, by pair",
         "ratio": "sequence product, of two sequences",
         "advantage": "differences of returns",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "sequence_return"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"whole_rows", "groups", "sequence_return"})
     critics: ClassVar[tuple[str, ...]] = ()
 
     eps: float = 0.2

@@ -32,7 +32,8 @@ class PFPPO(PPO):
     paper: ClassVar[str] = "Policy Filtration in RLHF to Fine-Tune LLM for Code Generation (PF-PPO), arXiv:2409.06957"
     differs: ClassVar[str] = (
         "Copies are not drawn but weighted by how many there would be on average; ties share a place. The value "
-        "function learns from all sequences, and advantages are standardised before the filter."
+        "function learns from all sequences, and advantages are standardised before the filter. The paper also picks "
+        "the filter, by how well the kept rewards predict true scores; here the user does."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip",

@@ -36,7 +36,7 @@ class QwenLong(ClippedGroupLoss):
         "ratio": "token, one",
         "advantage": "(R - group mean) / task std",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "sequence_return", "tasks"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"step_dist", "groups", "sequence_return", "tasks"})
     loop_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "batch_size": None}
 
     entropy_low: float = 0.3

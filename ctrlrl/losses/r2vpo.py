@@ -28,15 +28,17 @@ class R2VPO(PolicyLoss):
 
     paper: ClassVar[str] = "Ratio-Variance Regularized Policy Optimization (R2VPO, ICML 2026), arXiv:2605.26784"
     differs: ClassVar[str] = (
-        "Worked out from the abstract: the form of the Lagrangian follows from the constraint; its bound, the step and "
-        "the start of the price are ours. The price moves once per iteration, on the mean over its optimiser steps."
+        "Worked out from the abstract: the form of the Lagrangian follows from the constraint; its bound, the step "
+        "and the start of the price are ours. The price moves once per iteration, on the mean over its optimiser "
+        "steps. Earlier rows are replayed where rows are whole episodes (token sequences), not single transitions; "
+        "the value function then learns from their old targets too."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "none",
         "ratio": "token, to the policy that sampled the row",
         "advantage": "GAE",
         "regulariser": "variance of the ratio, dual price",
-        "selection": "replay of earlier episodes",
+        "selection": "replay of earlier token sequences",
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
     uses: ClassVar[frozenset[Need]] = frozenset({"replay"})

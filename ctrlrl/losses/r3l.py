@@ -30,8 +30,10 @@ class R3L(GroupLoss):
 
     paper: ClassVar[str] = "R3L: Reflect-then-Retry Reinforcement Learning, arXiv:2601.03715"
     differs: ClassVar[str] = (
-        "Retries are sampled by the policy itself: there is no written reflection, and so no likelihood term on it. "
-        "R is the outcome's score in [0, 1], so that a perfect one is known in any environment."
+        "Retries are sampled by the policy itself from a position drawn at random (with turns, the first of a random "
+        "turn): there is no written reflection to choose the pivot, and so no likelihood term on it either. R is the "
+        "outcome's score in [0, 1]; in control that is the return between the extremes so far, so that the best yet "
+        "counts as perfect."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "positions after the pivot",

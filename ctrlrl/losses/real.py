@@ -32,7 +32,7 @@ class REAL(PolicyLoss):
         "likelihood": "classification of the log-ratio",
         "selection": "groups with both labels",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "success"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"whole_rows", "groups", "success"})
     critics: ClassVar[tuple[str, ...]] = ()
 
     label_temp: float = 0.5

@@ -35,7 +35,7 @@ class RiskPO(ClippedGroupLoss):
         "The released code starts both quantiles at 0 (option); here they start at those of the first iteration, as "
         "the advantage is zero for everything above both. They move once per bundle, and a bundle is judged by the "
         "quantiles before it. Prompts that fill no whole bundle form a smaller one; responses beyond the smallest "
-        "group of a bundle are not used."
+        "group of a bundle are not used. The released credit by share of R - mean is left out."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class SFT(PolicyLoss):
     slots: ClassVar[Mapping[Slot, str]] = {"ratio": "none", "advantage": "1", "selection": "demonstrations"}
     needs: ClassVar[frozenset[Need]] = frozenset({"demonstrations"})
     critics: ClassVar[tuple[str, ...]] = ()
+    # there is one demonstration to a group: small update batches would hold few of them, or none
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": None}
 
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
         taught = batch.mask & demonstrated(batch).unsqueeze(-1)

@@ -57,9 +57,10 @@ class SPEAR(ClippedGroupLoss):
     paper: ClassVar[str] = "Learn the Ropes, Then Trust the Wins (SPEAR), arXiv:2509.22601"
     differs: ClassVar[str] = (
         "The released code draws the positions to drop; here each keeps the share it has in expectation. It takes the "
-        "covariance under the current policy; here it is the collecting one's, the same in a first epoch. The "
-        "ramp is a share of the run, not a number of steps. The fading reward for tool calls and the removal of "
-        "overlong or repetitive sequences are up to the environment."
+        "covariance under the current policy and among unclipped positions; here it is the collecting one's, the same "
+        "in a first epoch. Its buffer is emptied once used; here rows leave it by age alone. Groups of little spread "
+        "leave nothing in it. The ramp is a share of the run, not a number of steps. The fading reward for tool calls "
+        "and the removal of overlong or repetitive sequences are up to the environment."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip and covariance",
@@ -136,7 +137,7 @@ class SPEAR(ClippedGroupLoss):
         row = torch.where(replayed, again, torch.ones_like(again))
         weight = torch.where(mask, row.unsqueeze(-1), torch.zeros_like(n_new))
         advantage = batch.advantage * self._kept(batch, weight > 0)
-        return Prepared({"advantage": advantage}, weight, n_new * mask.shape[1])
+        return Prepared({"advantage": advantage}, weight, n_new * knobs.get("horizon", mask.shape[1]))
 
     def _kept(self, batch: SequenceBatch, valid: Tensor) -> Tensor:
         """[B, T] share of each position that is left once those of high covariance are thinned out."""

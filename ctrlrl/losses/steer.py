@@ -41,7 +41,7 @@ class STEER(ClippedGroupLoss):
         "ratio": "token",
         "advantage": "(R - group mean) / group std",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"plain_action", "groups", "sequence_return", "dist_old"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"step_dist", "plain_action", "groups", "sequence_return", "dist_old"})
     aggregation: ClassVar[Aggregation] = "token_mean"
 
     eps_high: float = 0.28

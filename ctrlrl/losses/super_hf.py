@@ -33,7 +33,7 @@ class SuperHF(PolicyLoss):
         "regulariser": "exact KL from the reference to the policy",
         "selection": "best of the group",
     }
-    needs: ClassVar[frozenset[Need]] = frozenset({"dist_old", "groups", "score", "logp_ref"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"dist", "groups", "score", "logp_ref"})
     critics: ClassVar[tuple[str, ...]] = ()
 
     keep_best: int = 1

@@ -25,7 +25,8 @@ class V0(ClippedGroupLoss):
     differs: ClassVar[str] = (
         "The predictor is a Bayesian logistic regression on the first observation; the paper's is a frozen text "
         "encoder under a frozen in-context classifier, trained across policies. The prediction sets group sizes only, "
-        "not the baseline. U is not concave, so the greedy rule is the paper's and not always the best."
+        "not the baseline, and nothing is routed between policies. U is not concave, so the greedy rule is the "
+        "paper's and not always the best."
     )
     slots: ClassVar[Mapping[Slot, str]] = {
         "mask": "clip",

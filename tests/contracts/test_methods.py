@@ -23,9 +23,8 @@ TOKENS_ONLY = frozenset(["resume", "tokens", "gpu"])
 EXCEPTIONS = {
     **dict.fromkeys("ppo spo bpo bpo_mean mdpo s_ppo r2vpo direct_advantage".split(), ON_POLICY),
     **dict.fromkeys("simple_tir st_ppo turn_ppo ghpo hpt sft precision_diversity".split(), TOKENS_ONLY),
-    **dict.fromkeys("aepo mini_rl r3l".split(), EPISODES - {"flow"}),
-    **dict.fromkeys("dcpo obl_rpo".split(), EPISODES - {"flow", "multidiscrete"}),
-    **dict.fromkeys("capo steer".split(), EPISODES - {"multidiscrete"}),
+    **dict.fromkeys("mini_rl r3l d3s qwen_long empg epo dpo rpo copg p3o real".split(), EPISODES - {"flow"}),
+    **dict.fromkeys("aepo dcpo obl_rpo capo steer".split(), EPISODES - {"flow", "multidiscrete"}),
     "nlpo": EPISODES - {"flow", "box", "multidiscrete"},
     "rover": TOKENS_ONLY,
     "awm": frozenset(["resume", "vector", "flow", "dict_obs", "image_obs", "gpu"]),

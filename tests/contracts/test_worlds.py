@@ -11,9 +11,8 @@ from ctrlrl.losses import base
 from ctrlrl.losses.needs import NEEDS, WORLDS, missing
 
 EVERYWHERE = (
-    "adora bapo bnpo bpo bpo_mean c3po capo cispo copg copo d3s dagrpo direct_advantage dpo dr_grpo empg epo etr "
-    "g2rpo gbpo gdpo grpo gspo knapsack mdpo mhpo p3o pf_ppo ppo qwen_long r2vpo real reinforce risk_po rloo "
-    "rpo s_ppo spear spo steer super_hf v0 vas"
+    "adora bapo bnpo bpo bpo_mean c3po cispo copo dagrpo direct_advantage dr_grpo etr g2rpo gbpo gdpo grpo gspo "
+    "knapsack mdpo mhpo pf_ppo ppo r2vpo reinforce risk_po rloo s_ppo spear spo super_hf v0 vas "
 ).split()
 DECLINED: dict[str, dict[str, Sequence[str]]] = {
     # the sampling of episodes is what these change; a sequence of denoising steps is not sampled like that
@@ -21,8 +20,20 @@ DECLINED: dict[str, dict[str, Sequence[str]]] = {
     "mini_rl": {"flow": ["logp_behaviour"]},
     "r3l": {"flow": ["retries"]},
     # the distribution over an action, not over its denoising steps
+    "capo": {"flow": ["step_dist"]},
+    "d3s": {"flow": ["step_dist"]},
     "dcpo": {"flow": ["step_dist"]},
+    "empg": {"flow": ["step_dist"]},
+    "epo": {"flow": ["step_dist"]},
+    "qwen_long": {"flow": ["step_dist"]},
+    "steer": {"flow": ["step_dist"]},
     "obl_rpo": {"flow": ["step_dist"]},  # norm="length" lifts it
+    # rows there are actions, of which a group's member has as many as its episode has steps
+    "copg": {"flow": ["whole_rows"]},
+    "dpo": {"flow": ["whole_rows"]},
+    "p3o": {"flow": ["whole_rows"]},
+    "real": {"flow": ["whole_rows"]},
+    "rpo": {"flow": ["whole_rows"]},
     # one choice among finitely many, with all its probabilities
     "nlpo": {"continuous": ["categorical", "support"], "flow": ["categorical", "support"]},
     # assume_tree=True lifts the tree, which control has only by accident
@@ -126,8 +137,8 @@ class Note:
 
 
 def test_several_choices_at_once_are_not_one_categorical():
-    for name in ("nlpo", "steer", "capo", "dcpo", "obl_rpo"):
-        with pytest.raises(ConfigError, match=r"plain_action|categorical"):
+    for name in ("nlpo", "steer", "capo", "dcpo", "obl_rpo", "aepo"):
+        with pytest.raises(ConfigError, match=r"plain_action|categorical|tempered"):
             _switches(name)
     _switches("grpo").learn(1, root=None, progress=False)
 

@@ -11,6 +11,12 @@ from ctrlrl.losses.grpo_guard import GRPOGuard
 from ctrlrl.nets.heads import DiagonalGaussian
 
 
+def guard(**settings):
+    """The loss with PPO's band and steps as they are, unless a test says otherwise."""
+    return GRPOGuard(**{"eps_low": 0.2, "eps_high": 0.2, "equal_steps": False} | settings)
+
+
+
 def moved(delta, s, noise):
     """A batch [B, 1] of steps with deviation ``s`` and the given noise [B, D], whose mean moved by ``delta`` [D]."""
     batch, out = batch_of(torch.ones(len(noise), 1, dtype=torch.float64), torch.zeros(len(noise), 1).double())
@@ -36,7 +42,7 @@ def test_the_raw_ratio_depends_on_the_noise_of_the_step_and_the_guarded_one_does
     raw = (out.logp - batch.logp_old) / 4
     assert raw.mean().item() == pytest.approx(mean, abs=1e-4) and raw.std().item() == pytest.approx(std, rel=0.01)
     for reduce, expected in (("mean", 0.025), ("sum", 0.1)):
-        guarded = GRPOGuard(reduce=reduce).log_ratio(batch, out)
+        guarded = guard(reduce=reduce).log_ratio(batch, out)
         assert guarded.mean().item() == pytest.approx(0.0, abs=1e-12)
         assert guarded.std().item() == pytest.approx(expected, rel=0.01)
 
@@ -56,7 +62,7 @@ def test_it_is_the_papers_formula(reduce):
     batch, out = moved(delta, s, draws(3))
     share = 4 if reduce == "mean" else 1
     expected = s * (out.logp - batch.logp_old) / share + delta.square().sum() / share / (2 * s)
-    torch.testing.assert_close(GRPOGuard(reduce=reduce).log_ratio(batch, out), expected)
+    torch.testing.assert_close(guard(reduce=reduce).log_ratio(batch, out), expected)
 
 
 def test_golden_table():
@@ -73,7 +79,7 @@ def test_golden_table():
         sequence_return=torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), group=torch.zeros(4, dtype=torch.long)
     )
     out = out._replace(logp=new.log_prob(batch.action), dist=new)
-    loss = GRPOGuard(ref_kl_coef=0.0, std_floor=0.0)
+    loss = guard(ref_kl_coef=0.0, std_floor=0.0)
     (gradient,) = torch.autograd.grad(objective(loss, begun(loss, batch), out), mean)
     expected = column(math.exp(0.1), 0.0, 0.0, -math.exp(-0.1)).unsqueeze(-1) / 4
     torch.testing.assert_close(-gradient, expected)
@@ -83,9 +89,9 @@ def test_equal_steps_divides_by_the_gain_and_keeps_the_mean():
     case = case_of(GRPOGuard, rows=4, length=2)
     gain = torch.tensor([0.1, 0.3], dtype=torch.float64).expand(4, 2)
     batch = case.batch._replace(coef={"velocity_gain": gain}, mask=torch.ones(4, 2, dtype=torch.bool))
-    loss = GRPOGuard(equal_steps=True)
+    loss = guard(equal_steps=True)
     batch = begun(loss, batch)
-    plain, scaled = (x.prepare(batch, {}).coef["advantage"] for x in (GRPOGuard(), loss))
+    plain, scaled = (x.prepare(batch, {}).coef["advantage"] for x in (guard(), loss))
     # 1/gain = (10, 10/3), with mean 20/3
     torch.testing.assert_close(scaled, plain * torch.tensor([1.5, 0.5], dtype=torch.float64))
     with pytest.raises(ValueError, match="velocity_gain"):
@@ -96,7 +102,7 @@ def test_at_the_old_parameters_it_is_flow_grpo_with_each_step_times_its_deviatio
     """The gradient of log r~ is s times that of the log-probability."""
     case = case_of(GRPOGuard, spread=0.0)
     leaf = case.leaf.requires_grad_()
-    losses = GRPOGuard(ref_kl_coef=0.0), FlowGRPO(ref_kl_coef=0.0)
+    losses = guard(ref_kl_coef=0.0), FlowGRPO(ref_kl_coef=0.0)
     guarded, plain = (
         torch.autograd.grad(objective(loss, begun(loss, case.batch), case.output(leaf)), leaf)[0] for loss in losses
     )
@@ -108,14 +114,14 @@ def test_masked_steps_are_silent_even_where_they_hold_nan():
     mask = case.batch.mask.unsqueeze(-1)
     leaf = torch.where(mask, case.leaf, torch.nan).requires_grad_()
     batch = case.batch._replace(action=torch.where(mask, case.batch.action, torch.nan))
-    assert (GRPOGuard().log_ratio(batch, case.output(leaf))[~batch.mask] == 0).all()
-    objective(GRPOGuard(), begun(GRPOGuard(), batch), case.output(leaf)).backward()
+    assert (guard().log_ratio(batch, case.output(leaf))[~batch.mask] == 0).all()
+    objective(guard(), begun(guard(), batch), case.output(leaf)).backward()
     assert (leaf.grad[~batch.mask] == 0).all() and (leaf.grad[batch.mask] != 0).any()
 
 
 def test_the_clip_fraction_is_that_of_the_guarded_ratio():
     batch, out = moved(torch.full((4,), 0.05).double(), 0.05, draws(1000))
-    found = GRPOGuard().metrics(batch, out, {})["clip_fraction"]
+    found = guard().metrics(batch, out, {})["clip_fraction"]
     raw = FlowGRPO().metrics(batch, out, {})["clip_fraction"]
     # |log r~| > 0.2 is two deviations, while almost every raw ratio is beyond
     assert 0.02 < found.mean() < 0.08 and raw.mean() > 0.8

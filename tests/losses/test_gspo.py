@@ -52,3 +52,17 @@ def test_single_positions_are_grpos_clip():
     loss = GSPO(eps_low=0.2, eps_high=0.2)
     expected = torch.tensor([[1.65], [-0.65], [0.0], [-0.45]], dtype=F64)
     torch.testing.assert_close(weights(loss, begun(loss, batch), out), expected, atol=1e-5, rtol=0)
+
+
+def test_a_subclass_may_give_every_position_its_own_advantage():
+    """s = e^.1, inside a wide band: the gradient at each position is s times the mean of the row's advantages."""
+
+    class PerPosition(GSPO):
+        def advantage(self, batch):
+            return batch.advantage
+
+    batch, out = grouped(torch.tensor([[math.exp(0.2), 1.0]], dtype=F64), [1])
+    batch = batch._replace(advantage=torch.tensor([[3.0, -1.0]], dtype=F64))
+    found = weights(PerPosition(eps_low=0.2, eps_high=0.2), batch, out)
+    torch.testing.assert_close(found, torch.full((1, 2), math.exp(0.1) * (3.0 - 1.0) / 2 / 2, dtype=F64))
+    assert GSPO().prepare(batch, {}).coef["advantage"].tolist() == [[3.0]]

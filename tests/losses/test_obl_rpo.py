@@ -54,7 +54,7 @@ def test_gaussian_norms_and_lengths():
     )
     by_length = begun(OBLRPO(norm="length"), batch).advantage[:, 0]
     torch.testing.assert_close(by_length, torch.tensor([-0.75, 0.25], dtype=torch.float64))
-    assert "dist_old" in OBLRPO().required() and "dist_old" not in OBLRPO(norm="length").required()
+    assert "step_dist" in OBLRPO().required() and "step_dist" not in OBLRPO(norm="length").required()
     with pytest.raises(ValueError, match="norm='length'"):
         begun(OBLRPO(), batch._replace(dist_old={"logits": action}))
 

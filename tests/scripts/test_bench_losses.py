@@ -153,7 +153,7 @@ def records_of(entropies, target=None):
 
 def test_entropy_is_judged_by_the_target_or_against_grpo(bench):
     found = {
-        bench.PLAIN: records_of([0.1, 0.3]), "aepo": records_of([0.5, 0.6], 0.5), "dcpo": records_of([0.2], 0.5),
+        bench.PLAIN: records_of([0.1, 0.3]), "aepo": records_of([0.5, 0.6], 0.5), "dcpo": records_of([0.3], 0.5),
         "epo": records_of([0.29]), "steer": records_of([0.31]),
     }  # fmt: skip
     assert {w: h for w, h, _ in bench.judge_entropy(found)} == {
