@@ -2,11 +2,20 @@
 
 Forward and backward of the loss alone, to the log-probabilities of 512 sequences of 512 positions in float32, on one
 thread; up to half of a sequence is padding. What does not depend on the current policy is computed before the clock
-starts, on both sides. The hand-written side is plain PyTorch with as few passes over memory as we found, and fits one
-loss only; like the library it does not look at padding and bounds log-ratios inside exponentials. Every loss is
-timed alone and with what every run logs (approx_kl, clip_fraction), eager and compiled. Contestants alternate; times
-are processor time, which other work on the machine disturbs least, and the ratio is between medians over all rounds.
-Before anything is timed, values and gradients are compared.
+starts, on both sides.
+
+The hand-written side gives what the library guarantees: it does not look at padding, NaN included, bounds log-ratios
+inside exponentials, and computes in float32. It is plain PyTorch, differentiated by autograd, and writes over its own
+temporaries where autograd allows. It may do what the library may not, as it fits one loss on one batch: signs of
+advantages, bounds of clips and products with weights are folded into constants before the clock starts, and metrics
+are left unmasked where padding is known to add nothing. No derivative is written out by hand; the library does so for
+the clip, which is how it can win where much of the time goes into the backward pass.
+
+Every loss is timed alone and with what every run logs (approx_kl, clip_fraction), eager and compiled. Contestants
+alternate; times are processor time, which other work on the machine disturbs least, and the ratio is between medians
+over all rounds. A tensor of these shapes is 1 MB; whether memory for it is at hand or has to come from the system
+decides over a part of the eager times, and varies between runs. Before anything is timed, values and gradients are
+compared.
 
     python scripts/bench_overhead.py --minutes 5
 """
@@ -94,18 +103,18 @@ def by_hand(name: str, loss: PolicyLoss, batch: SequenceBatch, metrics: bool) ->
 
     def ppo(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = torch.where(mask, logp - old, nothing)
-        r = bounded(log_ratio).exp()
+        r = bounded(log_ratio).exp_()
         return (r.clamp(low, high) * gain).sum(), logged(log_ratio, r)
 
     def grpo(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, found = ppo(logp)
         q = torch.where(mask, ref - logp, nothing)
-        return value + ((bounded(q).expm1() - q) * kl_weight).sum(), found
+        return value + ((bounded(q).expm1_() - q) * kl_weight).sum(), found
 
     def gspo(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = torch.where(mask, logp - old, nothing)
-        s = bounded(log_ratio.sum(-1) / count).exp()  # everything behind this is per sequence
-        found = logged(log_ratio, bounded(log_ratio.detach()).exp()) if metrics else {}
+        s = bounded(log_ratio.sum(-1) / count).exp_()  # everything behind this is per sequence
+        found = logged(log_ratio, bounded(log_ratio.detach()).exp_()) if metrics else {}
         return (s.clamp(low[:, 0], high[:, 0]) * whole).sum(), found
 
     def mhpo(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,9 +122,10 @@ def by_hand(name: str, loss: PolicyLoss, batch: SequenceBatch, metrics: bool) ->
         psi = c * torch.tanh(log_ratio / c)
         fixed = psi.detach()
         up = torch.nn.functional.softplus(fixed)  # and softplus(-x) = softplus(x) - x
-        hazard = (up / up_scale) ** up_power + ((up - fixed) / down_scale) ** down_power
-        found = logged(log_ratio, bounded(log_ratio.detach()).exp()) if metrics else {}
-        return ((psi - hazard).exp() * gain).sum(), found
+        down = (up - fixed).div_(down_scale).pow_(down_power)
+        hazard = up.div_(up_scale).pow_(up_power).add_(down)
+        found = logged(log_ratio, bounded(log_ratio.detach()).exp_()) if metrics else {}
+        return ((psi - hazard).exp_() * gain).sum(), found
 
     kl_weight = getattr(loss, "ref_kl_coef", 0.0) * weight
     count, whole = mask.sum(-1), gain.sum(-1)

@@ -29,20 +29,41 @@ def ratio_advantage(ratio: Tensor, advantage: Tensor) -> Tensor:
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, eps_low: float | Tensor, eps_high: float | Tensor) -> Tensor:
     """PPO's surrogate, to be maximised (arXiv 1707.06347).
 
-    min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+    min(r A, clip(r, 1 - eps_low, 1 + eps_high) A);  gradient A grad r, or zero where the clip is the smaller
 
-    =========  ======  ========================================
-    ratio      [B, T]  r, with gradient
+    =========  ======  =====================================================
+    ratio      [B, T]  r, finite, with gradient; [B, 1] for whole sequences
     advantage  [B, T]  A
     eps_low            distance from one allowed downwards
     eps_high           distance from one allowed upwards
     return     [B, T]  surrogate
-    =========  ======  ========================================
+    =========  ======  =====================================================
     """
     a = advantage.detach()
+    if ratio.shape != a.shape:
+        ratio, a = torch.broadcast_tensors(ratio, a)
+    r = ratio.detach()
     # two one-sided clamps, as a bound may be a float and the other a tensor; a float is never copied to a GPU
-    clipped = ratio.clamp(min=1 - eps_low).clamp(max=1 + eps_high)
-    return torch.minimum(ratio * a, clipped * a)
+    clipped = r.clamp(min=1 - eps_low).clamp_(max=1 + eps_high).mul_(a)
+    free = r * a
+    lowest = clipped.clamp_(max=free)
+    held = free.sub_(lowest).sign_()  # 1 where the clip is the smaller and the gradient stops, else 0
+    return tangent(lowest, held.neg_().add_(1).mul_(a), ratio)
+
+
+def tangent(value: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+    """A term whose derivative is known, so that no step that led to its value is kept or run backwards.
+
+    value + slope (x - sg x);  the value is exact, and so is every derivative if the term is piecewise linear in x
+
+    ======  ======  ============================================
+    value   [B, T]  held constant
+    slope   [B, T]  d value / d x, finite and held constant
+    x       [B, T]  finite, with gradient
+    return  [B, T]  value, with gradient slope grad x
+    ======  ======  ============================================
+    """
+    return (x - x.detach()).mul_(slope.detach()).add_(value.detach())
 
 
 def logp_advantage(logp: Tensor, advantage: Tensor) -> Tensor:

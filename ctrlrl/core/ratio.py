@@ -46,20 +46,37 @@ def log_ratio(
         if turn is None:
             raise ValueError("level='turn' needs turn: [B, T] integers, -1 where a position has no turn")
         valid = mask & (turn >= 0)
-    zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
-    token = torch.where(valid, logp, zero) - torch.where(valid, logp_old, zero)
+    zero = logp.new_zeros(())
+    if level == "sequence":
+        length = mask.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(valid, sequence_log_ratio(logp, logp_old, mask, length), zero)
+    token = torch.where(valid, logp - logp_old, zero)
     if level == "token":
         return token
     if level == "turn" and turn is not None:
         count = reduce.segment_sum(valid.to(token.dtype), turn).clamp(min=1.0)
         spread = reduce.segment_sum(token, turn) / count
-    elif level == "sequence":
-        spread = token.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
     elif level == "sequence_sum":
         spread = token.sum(-1, keepdim=True)
     else:
         raise ValueError(f"level must be token, turn, sequence or sequence_sum, not {level!r}")
     return torch.where(valid, spread, zero)
+
+
+def sequence_log_ratio(logp: Tensor, logp_old: Tensor, mask: Tensor, length: Tensor) -> Tensor:
+    """Level ``sequence`` of :func:`log_ratio` as one number per sequence, 0 for an empty one.
+
+    mean of l over the valid positions of the sequence
+
+    ========  ======  ==============================================
+    logp      [B, T]  log-probability under the policy
+    logp_old  [B, T]  log-probability under the other policy
+    mask      [B, T]  bool, True where valid
+    length    [B, 1]  number of valid positions, at least 1
+    return    [B, 1]  log-ratios
+    ========  ======  ==============================================
+    """
+    return log_ratio(logp, logp_old, mask).sum(-1, keepdim=True) / length
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
@@ -72,7 +89,7 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return     same    ratio; gradient zero where ``|l| > C``
     =========  ======  ==============================================
     """
-    return log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    return log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp_()
 
 
 def ratio_minus_one(log_ratio: Tensor) -> Tensor:
@@ -85,4 +102,4 @@ def ratio_minus_one(log_ratio: Tensor) -> Tensor:
     return     same    ratio - 1; gradient zero where ``|l| > C``
     =========  ======  ==============================================
     """
-    return log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).expm1()
+    return log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).expm1_()

@@ -21,7 +21,7 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return  []     scalar
     ======  =====  ==========================
     """
-    return torch.where(mask, x, torch.zeros_like(x)).sum()
+    return torch.where(mask, x, x.new_zeros(())).sum()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -41,15 +41,17 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
     """Weighted sum over the positions of positive weight; NaN at weight zero is harmless.
 
-    sum_{i: w_i > 0} w_i x_i
+    sum_{i: w_i > 0} w_i x_i;  gradient w_i
 
-    ======  =====  =====================================
-    x       any    values
-    weight  as x   non-negative weights, zero = absent
-    return  []     scalar
-    ======  =====  =====================================
+    ======  ===============  ======================================================
+    x       as w, or [B, 1]  values; one per row counts at all positions of the row
+    weight  [B, T]           w, non-negative; zero = absent
+    return  []               scalar
+    ======  ===============  ======================================================
     """
-    return (torch.where(weight > 0, x, torch.zeros_like(x)) * weight).sum()
+    if x.shape != weight.shape:
+        weight = weight.sum_to_size(x.shape)
+    return torch.where(weight > 0, x, x.new_zeros(())).mul_(weight).sum()
 
 
 def token_mean(mask: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from ctrlrl.core.support import top_p_support
 from ctrlrl.data.episodes import Episodes
 from ctrlrl.engine import environments
 from ctrlrl.engine.agent import load_module
@@ -44,7 +43,7 @@ class Player:
     def new_iteration(self, iteration: int) -> None:
         """To be called before the first episodes of each iteration."""
         self.iteration, self.calls = iteration, 0
-        if self.lagged is not None and iteration % int(getattr(self.loss, "mask_every", 1)) == 0:
+        if self.lagged is not None and iteration % self.loss.mask_every == 0:
             self.lagged.load_state_dict(self.policy.state_dict())
 
     def play(
@@ -78,10 +77,6 @@ class Player:
         noise: torch.Generator,
     ) -> Episodes:
         raise TypeError(f"{type(self).__name__} does not say how to play")
-
-    def allowed(self, logits: Tensor) -> Tensor:
-        """[..., K] which actions the masking policy's ``logits`` allow."""
-        return top_p_support(logits, getattr(self.loss, "mask_top_p", 1.0), getattr(self.loss, "mask_min_keep", 1))
 
     def border(self) -> None:
         """Episodes always start from seeds, so there is nothing to start afresh."""
@@ -128,7 +123,7 @@ class ControlPlayer(Player):
         support: Callable[[Obs], Tensor] | None = None
         if self.lagged is not None:
             lagged = self.lagged
-            support = lambda obs: self.allowed(lagged.distribution(obs).params()["logits"])  # noqa: E731
+            support = lambda obs: self.loss.allowed(lagged.distribution(obs).params()["logits"])  # noqa: E731
         draw = Draw(temperature, support, self.behaviour, self.dtype, forced, forced_length)
         episodes = episodes_of(self.collector.collect_episodes(seeds, group, self.horizon, noise, draw))
         if episodes.success is not None:
@@ -225,7 +220,7 @@ class TokenPlayer(Player):
             self.device,
             temperature=temperature,
             forced=forced,
-            support=None if self.lagged is None else (self.lagged, self.allowed),
+            support=None if self.lagged is None else (self.lagged, self.loss.allowed),
             behaviour_dtype=self.dtype,
         )
 

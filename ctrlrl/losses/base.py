@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.core import advantage as adv
-from ctrlrl.core import gate, penalty, ratio, reduce
+from ctrlrl.core import gate, ratio, reduce
 from ctrlrl.core.control import Controller
 from ctrlrl.core.select import Selector
 from ctrlrl.losses.needs import Need, Slot
@@ -130,9 +130,23 @@ class PolicyLoss:
         """What chooses the reset seeds and the number of episodes of each; None takes new seeds, all alike."""
         return None
 
+    hint_ratios: ClassVar[tuple[float, ...]] = ()
+    """Shares of the solution to show in turn, for losses that need "hints"."""
+
+    def hard(self, score: Tensor, group: Tensor) -> Tensor:
+        """[B] bool: rows to sample again with a hint; by default those of groups that score [B] nothing."""
+        return adv.group_mean(score, group) <= 0
+
+    mask_every: ClassVar[int] = 1
+    """Iterations between refreshments of the lagged policy, for losses that need "support"."""
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """[..., K] bool: actions that the lagged policy's ``logits`` allow, for losses that need "support"."""
+        raise NotImplementedError(f"{type(self).__name__} needs support and must define allowed")
+
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
         """See the whole update batch once. Default: advantages as they are, mean over valid positions."""
-        weight, denominator = reduce.token_mean(batch.mask)
+        weight, denominator = reduce.token_mean(batch.mask, batch.advantage.dtype)
         return Prepared({"advantage": self.advantage(batch)}, weight, denominator)
 
     def together(self, batch: SequenceBatch) -> Tensor | None:
@@ -145,10 +159,12 @@ class PolicyLoss:
         if weight is None:
             raise ValueError("batch.weight is missing: call prepare() and batch._replace(weight=...) first")
         mask = batch.mask
+        # metrics first: their memory is free again before the objective keeps what its gradient needs
+        metrics = {k: reduce.masked_sum(v.detach(), mask) for k, v in self.metrics(batch, out, knobs).items()}
         return LossSum(
             reduce.weighted_sum(self.per_token(batch, out, knobs), weight),
             {k: reduce.masked_sum(v, mask) for k, v in self.critic_terms(batch, out, knobs).items()},
-            {k: reduce.masked_sum(v.detach(), mask) for k, v in self.metrics(batch, out, knobs).items()},
+            metrics,
         )
 
     def grad_transform(self, grad: Tensor, gradient_of: GradientOf, knobs: Knobs) -> Tensor:
@@ -178,11 +194,12 @@ class PolicyLoss:
 
         Fields ``eps``, or ``eps_low`` and ``eps_high``, add the share of ratios beyond them.
         """
-        log_ratio = ratio.log_ratio(out.logp, batch.logp_old, batch.mask)
-        found = {"approx_kl": penalty.kl_k3(log_ratio)}
+        log_ratio = ratio.log_ratio(out.logp.detach(), batch.logp_old, batch.mask)
+        excess = ratio.ratio_minus_one(log_ratio)
+        found = {"approx_kl": excess - log_ratio}  # penalty.kl_k3, and its exponential serves the clip as well
         low, high = (getattr(self, name, getattr(self, "eps", None)) for name in ("eps_low", "eps_high"))
         if low is not None and high is not None:
-            found["clip_fraction"] = gate.clipped(ratio.ratio(log_ratio), low, high).to(log_ratio.dtype)
+            found["clip_fraction"] = gate.clipped(excess.add_(1.0), low, high).to(log_ratio.dtype)
         return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.core import advantage as adv
-from ctrlrl.core import head, ratio, reduce
+from ctrlrl.core import gate, head, ratio, reduce
 from ctrlrl.losses.base import Knobs, Memory, PolicyLoss, Prepared, Start
 from ctrlrl.losses.needs import Need
 from ctrlrl.types import PolicyOutput, SequenceBatch
@@ -64,6 +64,13 @@ class ClippedGroupLoss(GroupLoss):
     def log_ratio(self, batch: SequenceBatch, out: PolicyOutput) -> Tensor:
         """[B, T] log-ratio to the collecting policy, at this loss's level."""
         return ratio.log_ratio(out.logp, batch.logp_old, batch.mask, self.level, batch.turn)
+
+    def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
+        found = super().metrics(batch, out, knobs)
+        if self.level == "token":
+            return found
+        r = ratio.ratio(self.log_ratio(batch, out).detach()).expand(batch.mask.shape)
+        return found | {"clip_fraction": gate.clipped(r, self.eps_low, self.eps_high).to(r.dtype)}
 
     def per_token(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> Tensor:
         assert batch.coef is not None

@@ -58,6 +58,7 @@ class MHPO(GroupLoss):
         log_ratio = ratio.log_ratio(out.logp, batch.logp_old, batch.mask)
         psi = self.modulation * torch.tanh(log_ratio / self.modulation)
         fixed = psi.detach()
-        up = (softplus(fixed) / self.scale_up) ** self.power_up
-        down = (softplus(-fixed) / self.scale_down) ** self.power_down
-        return -head.ratio_advantage(torch.exp(psi - up - down), batch.coef["advantage"])
+        up = softplus(fixed)
+        down = (up - fixed).relu_()  # softplus(-x) = softplus(x) - x
+        up, down = up.div_(self.scale_up).pow_(self.power_up), down.div_(self.scale_down).pow_(self.power_down)
+        return -head.ratio_advantage((psi - up.add_(down)).exp_(), batch.coef["advantage"])

@@ -50,6 +50,11 @@ class P3O(PolicyLoss):
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
         return Prepared({}, *reduce.sequence_mean_token_mean(batch.mask, batch.advantage.dtype))
 
+    def metrics(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
+        found = super().metrics(batch, out, knobs)
+        del found["clip_fraction"]  # of positions, while the clip here is of pairs
+        return found
+
     def per_token(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> Tensor:
         assert batch.sequence_return is not None and batch.group is not None
         total = ratio.log_ratio(out.logp, batch.logp_old, batch.mask).sum(-1)

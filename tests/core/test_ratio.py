@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrlrl.core.ratio import LOG_RATIO_CLAMP, Level, log_ratio, ratio, ratio_minus_one
+from ctrlrl.core.ratio import LOG_RATIO_CLAMP, Level, log_ratio, ratio, ratio_minus_one, sequence_log_ratio
 
 LEVELS: list[Level] = ["token", "turn", "sequence", "sequence_sum"]
 F64 = torch.float64
@@ -116,3 +116,22 @@ def test_turn_level_equals_a_loop(seed, rows, length):
                 continue
             same = mask[b] & (turn[b] == turn[b, t])
             assert got[b, t].item() == pytest.approx((logp - old)[b][same].mean().item(), abs=1e-12)
+
+
+def test_one_number_per_sequence_is_the_sequence_level():
+    logp, old, mask, _ = example()
+    mask[1] = False
+    got = sequence_log_ratio(torch.where(mask, logp, math.nan), old, mask, mask.sum(-1, keepdim=True).clamp(min=1))
+    assert got.tolist() == [[2.0], [0.0]]
+    assert torch.equal(torch.where(mask, got, 0.0), log_ratio(logp, old, mask, "sequence"))
+
+
+def test_the_gradient_passes_at_the_clamp_and_stops_beyond():
+    edge = torch.tensor([-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP], dtype=F64)
+    beyond = torch.nextafter(edge, 2 * edge)
+    for f in (ratio, ratio_minus_one):
+        x = torch.cat([edge, beyond]).requires_grad_()
+        kept = x.detach().clone()
+        f(x).sum().backward()
+        assert x.grad is not None and (x.grad[:2] != 0).all() and (x.grad[2:] == 0).all()
+        assert torch.equal(x.detach(), kept)

@@ -82,3 +82,13 @@ def test_segments_equal_a_loop(ids):
     assert reduce.dense_ids(group).tolist() == [order.index(i) for i in ids]
     x = torch.arange(len(ids), dtype=F64)
     assert reduce.segment_sum(x, group).tolist() == [sum(k for k, j in enumerate(ids) if j == i) for i in ids]
+
+
+def test_one_value_per_row_counts_at_every_position():
+    x = torch.tensor([[2.0], [math.nan], [-1.0]], requires_grad=True)
+    weight = torch.tensor([[0.5, 0.25, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    kept = weight.clone()
+    total = reduce.weighted_sum(x, weight)
+    total.backward()
+    assert total.item() == 2.0 * 0.75 - 3.0 and torch.equal(weight, kept)
+    assert x.grad is not None and x.grad.tolist() == [[0.75], [0.0], [3.0]]

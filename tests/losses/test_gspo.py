@@ -5,6 +5,7 @@ import math
 import torch
 from losses.golden import batch_of, begun, objective, weights
 
+from ctrlrl.losses.group import ClippedGroupLoss
 from ctrlrl.losses.gspo import GSPO
 
 F64 = torch.float64
@@ -58,11 +59,18 @@ def test_a_subclass_may_give_every_position_its_own_advantage():
     """s = e^.1, inside a wide band: the gradient at each position is s times the mean of the row's advantages."""
 
     class PerPosition(GSPO):
-        def advantage(self, batch):
-            return batch.advantage
+        per_token = ClippedGroupLoss.per_token
 
     batch, out = grouped(torch.tensor([[math.exp(0.2), 1.0]], dtype=F64), [1])
     batch = batch._replace(advantage=torch.tensor([[3.0, -1.0]], dtype=F64))
     found = weights(PerPosition(eps_low=0.2, eps_high=0.2), batch, out)
     torch.testing.assert_close(found, torch.full((1, 2), math.exp(0.1) * (3.0 - 1.0) / 2 / 2, dtype=F64))
-    assert GSPO().prepare(batch, {}).coef["advantage"].tolist() == [[3.0]]
+    alone = weights(GSPO(eps_low=0.2, eps_high=0.2), batch, out)  # takes the first for all
+    torch.testing.assert_close(alone, torch.full((1, 2), math.exp(0.1) * 3.0 / 2, dtype=F64))
+
+
+def test_the_logged_clip_share_is_that_of_sequences():
+    """Token ratios far off one whose geometric mean is one are not clipped."""
+    batch, out = batch_of(torch.tensor([[2.0, 0.5], [2.0, 2.0]], dtype=torch.float64), torch.ones(2, 2).double())
+    found = GSPO().metrics(batch, out, {})["clip_fraction"]
+    assert found.tolist() == [[0.0, 0.0], [1.0, 1.0]]
