@@ -63,11 +63,16 @@ class EpisodesConfig:
 EPISODE_DEFAULTS: dict[str, Any] = {
     "batch_size": 64,
     "epochs": 2,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-3,
     "normalize_reward": False,
 }
 """What differs from OnPolicyConfig's defaults where rows are whole episodes."""
-TOKEN_DEFAULTS: dict[str, Any] = {**EPISODE_DEFAULTS, "gamma": 1.0, "gae_lambda": 1.0, "normalize_obs": False}
+TOKEN_DEFAULTS: dict[str, Any] = EPISODE_DEFAULTS | {
+    "learning_rate": 1e-3,
+    "gamma": 1.0,
+    "gae_lambda": 1.0,
+    "normalize_obs": False,
+}
 """The same for token sequences."""
 
 

@@ -37,7 +37,8 @@ class QwenLong(ClippedGroupLoss):
         "advantage": "(R - group mean) / task std",
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"step_dist", "groups", "sequence_return", "tasks"})
-    loop_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "batch_size": None}
+    # one step on each iteration's data, which is strictly on-policy; so a larger one
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "batch_size": None, "learning_rate": 4e-3}
 
     entropy_low: float = 0.3
     """Entropy, in nats per position, below which negative sequences come back."""

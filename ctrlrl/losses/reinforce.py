@@ -35,7 +35,8 @@ class REINFORCE(GroupLoss):
         "likelihood": "log-probability",
     }
     needs: ClassVar[frozenset[Need]] = frozenset({"sequence_return"})
-    loop_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "batch_size": None}
+    # one step per iteration, as there is no ratio to clip; so a larger one
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "batch_size": None, "learning_rate": 4e-3}
     aggregation: ClassVar[Aggregation] = "sequence_mean_token_sum"
 
     baseline: Literal["none", "batch"] = "none"

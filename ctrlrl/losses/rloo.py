@@ -38,7 +38,8 @@ class RLOO(GroupLoss):
         "advantage": "R - mean of the others",
         "likelihood": "log-probability",
     }
-    loop_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "batch_size": None}
+    # one step per iteration, as there is no ratio to clip; so a larger one
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "batch_size": None, "learning_rate": 4e-3}
     aggregation: ClassVar[Aggregation] = "sequence_mean_token_sum"
 
     def outcome_advantage(self, batch: SequenceBatch) -> Tensor:

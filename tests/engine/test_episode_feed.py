@@ -11,6 +11,7 @@ import ctrlrl_envs  # noqa: F401 - registers the tasks
 import gymnasium as gym
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from helpers import envs
 from helpers.agents import EPISODES, NOISY, quiet
 from helpers.envs import env_id
@@ -82,6 +83,13 @@ class ChoosingRetries(Choosing):
 @dataclass(frozen=True)
 class ChoosingTempered(Choosing):
     needs: ClassVar = frozenset({"groups", "score", "tempered"})
+
+
+@dataclass(frozen=True)
+class Keeping(Outcome):
+    """Would keep every row."""
+
+    needs: ClassVar = frozenset({"groups", "score", "tempered", "replay"})
 
 
 class Verdict(envs.Noisy):
@@ -238,9 +246,13 @@ def test_a_selector_learns_from_the_policys_own_episodes_in_their_order():
     assert gathered.batch.mask.shape[0] == 8 and agent.feed.selector.shown[0][0].tolist() == [0, 0, 0, 1]
 
 
-def test_choosing_needs_a_pool():
+def test_choosing_needs_a_pool_and_an_environment_that_can_be_built_again():
     with pytest.raises(ValueError, match="set seed_pool"):
         build(Choosing)
+    live = SyncVectorEnv([envs.Noisy] * 3, autoreset_mode=AutoresetMode.DISABLED)
+    assert gather(build(Outcome, live, seed_pool=5))[0].batch.mask.any(1).all()
+    with pytest.raises(ValueError, match="can be built again"):
+        gather(build(Choosing, live, seed_pool=5))
 
 
 # -- outcomes -------------------------------------------------------------------------------------
@@ -255,7 +267,7 @@ def test_scores_lie_between_the_extremes_so_far_which_are_saved():
         low, high = min(low, float(returns.min())), max(high, float(returns.max()))
         score = gathered.batch.score
         torch.testing.assert_close(score, (returns - low) / (high - low))
-        assert 0 <= score.min() and score.max() <= 1
+        assert score.min() >= 0 and score.max() <= 1
     assert agent.feed.counters() == {"bounds": [low, high]}
     again = build(Outcome)
     again.feed.restore(agent.feed.tensors(), json.loads(json.dumps(agent.feed.counters())))
@@ -282,12 +294,12 @@ def test_success_is_the_environments_word():
 
 def test_an_environment_that_is_silent_means_no():
     """Also in an iteration in which all episodes fail, before and after a restart."""
-    agent = build(Outcome, VERDICT, env_kwargs={"shy": True}, horizon=30)
+    agent = build(Outcome, VERDICT, env_kwargs={"shy": True}, horizon=30, success_return=-100.0)
     batch = gather(agent)[0].batch
     assert batch.success.tolist() == (batch.action[:, 0, 0] > 0).tolist() and batch.success.unique().numel() == 2
     with torch.no_grad():
         agent.policy.head.linear.bias.fill_(-50.0)
-    again = build(Outcome, VERDICT, env_kwargs={"shy": True}, horizon=30)
+    again = build(Outcome, VERDICT, env_kwargs={"shy": True}, horizon=30, success_return=-100.0)
     again.restore(agent.tensors(), agent.counters())
     for each in (agent, again):
         batch = gather(each, 1)[0].batch
@@ -378,7 +390,7 @@ def test_advantages_by_hand_with_both_kinds_of_end():
         length=torch.tensor([2, 3]), mask=torch.tensor([[True, True, False], [True, True, True]]),
         terminated_t=end & torch.tensor([[True], [False]]), truncated_t=end & torch.tensor([[False], [True]]),
     )  # fmt: skip
-    rows, last_value = torch.zeros(2, dtype=torch.int64), torch.tensor([0.0, 8.0])
+    rows, last_value = torch.zeros(2, dtype=torch.int64), torch.tensor([50.0, 8.0])
     batch = estimate_episodes(
         ruler, None, frozenset({"values"}), agent.config, e, rows, rows, rows.float(), last_value
     )  # fmt: skip
@@ -469,6 +481,8 @@ def test_the_sampler_in_half_precision_differs_a_little(env):
         out = agent.policy(batch.obs, batch.action)
         torch.testing.assert_close(batch.logp_old[batch.mask], out.logp.detach()[batch.mask], atol=1e-5, rtol=0)
         gaps[dtype] = (batch.logp_behaviour - batch.logp_old)[batch.mask].abs()
+    told = batch.logp_behaviour[batch.mask]
+    assert (told != told.bfloat16().float()).any(), "its probabilities are formed in full precision"
     assert gaps["float32"].max() < 1e-5
     assert 1e-4 < gaps["bfloat16"].max() < 0.3 and gaps["bfloat16"].mean() < 0.05
 
@@ -543,6 +557,16 @@ def test_replayed_rows_reach_the_loss_with_the_policy_moved_on():
             assert back <= old, "from the last two iterations, with the probabilities of their time"
         kept[iteration] = {(tuple(a), tuple(p)) for a, p in rows_of(batch, fresh)}
     assert len(agent.feed.replay.age) <= 20
+
+
+def test_only_the_policys_own_rows_are_kept_and_once():
+    agent, before = build(Keeping, tempered_share=1.0, n_groups=2, group_size=1), []
+    for iteration in range(3):
+        gathered, (own, _) = gather(agent, iteration)
+        assert gathered.batch.source.tolist() == [ON_POLICY] * 2 + [TEMPERED] * 2 + [REPLAYED] * 2 * iteration
+        assert float(gathered.stats["replayed"]) == 2 * iteration
+        assert gathered.batch.action[4:, 0].tolist() == before
+        before += own.action[:, 0].tolist()
 
 
 def rows_of(batch, which):

@@ -72,5 +72,6 @@ def test_a_subclass_may_give_every_position_its_own_advantage():
 def test_the_logged_clip_share_is_that_of_sequences():
     """Token ratios far off one whose geometric mean is one are not clipped."""
     batch, out = batch_of(torch.tensor([[2.0, 0.5], [2.0, 2.0]], dtype=torch.float64), torch.ones(2, 2).double())
+    batch = batch._replace(coef=GSPO().prepare(batch, {}).coef)
     found = GSPO().metrics(batch, out, {})["clip_fraction"]
     assert found.tolist() == [[0.0, 0.0], [1.0, 1.0]]

@@ -1,6 +1,6 @@
 """The comparison of losses: short runs, what is measured of them, and the merging of shards."""
 
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -13,17 +13,20 @@ import torch
 from ctrlrl.engine.runfolder import write_json
 from ctrlrl.losses import base
 from ctrlrl.nets.heads import Categorical
+from ctrlrl.types import SequenceBatch
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_losses.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_losses", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_losses"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """The script and the two files it is made of, as one."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        parts = [importlib.import_module(name) for name in ("losses_runs", "losses_claims", "bench_losses")]
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    return SimpleNamespace(**{k: v for part in parts for k, v in vars(part).items()})
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,19 @@ def test_shares_of_the_positive_advantages(bench, runs):
     assert all(0.6 <= s["low"] <= 0.9 and 1.2 <= s["high"] <= 3.0 for s in shares)
     assert all(s["after"] >= s["before"] - 1e-6 for s in shares if s["before"] is not None)
     assert all(s["before"] == s["after"] for s in shard(bench, out, "balance", bench.PLAIN, 0)["shares"])
+
+
+def test_the_searched_band_is_told_from_the_one_it_starts_with(bench):
+    one = torch.ones(2, 1)
+    watched = bench.Watched(base.get("bapo")(positive_share=0.9))
+    watched.batch = SequenceBatch(
+        obs=one, action=one, mask=one.bool(), logp_old=-one, advantage=torch.tensor([[1.0], [-1.0]]),
+        value_target=one, value_old=one,
+    )  # fmt: skip
+    out = SimpleNamespace(logp=torch.tensor([[math.log(2.0) - 1.0], [-1.0]]))
+    found = watched.shares(lambda obs, action: out)
+    # r = 2 counts 1.2 in the first band, 2 in the widest; r = 1 counts 1
+    assert found["before"] == pytest.approx(1.2 / 2.2) and found["after"] == pytest.approx(2 / 3)
 
 
 def test_merging(bench, runs, tmp_path, capsys):
