@@ -146,10 +146,12 @@ def with_retries(player: Player, seeds: Sequence[int], group: Tensor, noise: tor
 
 def _pivots(base: Episodes, noise: torch.Generator) -> Tensor:
     """[B] a random free position of each episode; with turns, the first position of a random turn."""
-    free = base.mask.clone()
+    free = base.mask
     if base.turn is not None:
         before = torch.cat([torch.full_like(base.turn[:, :1], -1), base.turn[:, :-1]], 1)
-        free &= base.turn != before
+        border = free & (base.turn != before)
+        # an episode of one turn has no border but its start, from where a retry would be just another episode
+        free = torch.where(border.sum(1, keepdim=True) > 1, border, free)
     draw = torch.rand(free.shape, generator=noise).to(free.device).masked_fill(~free, -1.0)
     return draw.argmax(1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import torch
 
 from ctrlrl.engine import checkpoint, runfolder
 from ctrlrl.engine.agent import load_module
@@ -44,8 +45,7 @@ def make_reference(policy: Policy, loss: PolicyLoss, config: OnPolicyConfig, res
 
 
 def make_feed(
-    collector: Collector,
-    env: EnvSpec | gym.vector.VectorEnv | None,
+    env: EnvSpec | gym.Env | gym.vector.VectorEnv,
     tokens: Mapping[str, Any] | None,
     world: World,
     policy: Policy,
@@ -54,13 +54,16 @@ def make_feed(
     config: OnPolicyConfig,
     normalizer: RewardNormalizer,
     seed: int,
-) -> Feed:
-    """Transitions or whole episodes, from control or from tokens, as ``loss`` needs them.
+    device: torch.device,
+) -> tuple[Collector, Feed]:
+    """The collector, and on it the feed of transitions or whole episodes, of control or tokens, that ``loss`` needs.
 
     Raises:
         ValueError: Token sequences from a live environment, which has no form for any number of episodes.
     """
     spec = env if isinstance(env, EnvSpec) else None
+    actor: Any = policy
+    collector = Collector(env, actor, config.n_steps, device=device, seed=seed)
     if not whole_episodes(world, loss.needs):
         feed = TransitionFeed(collector, policy, loss, config, normalizer, seed, world)
     else:
@@ -72,4 +75,4 @@ def make_feed(
             player = TokenPlayer(spec, tokens, policy, loss, config, seed, collector.device)
         feed = EpisodeFeed(player, policy, loss, config, seed, world, spec)
     feed.reference = reference
-    return feed
+    return collector, feed

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ctrlrl.engine import checkpoint, devices, diagnose, environments, hooks, replay, runfolder
 from ctrlrl.engine.agent import Agent, load_module
-from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import build, to_dict
 from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
 from ctrlrl.engine.feeds import make_feed, make_reference
@@ -98,10 +97,10 @@ class OnPolicyAgent(Agent):
         self.device = devices.resolve(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "network"))
-            self.policy = build_policy(
-                self.world, self.observation_space, self.action_space, self.tokens, config.network, self.loss,
-                config.normalize_obs, config.clip_obs, encoder,
-            ).to(self.device)  # fmt: skip
+            policy = build_policy(
+                self.world, self.observation_space, self.action_space, self.tokens, config, self.loss, encoder
+            )
+            self.policy = policy.to(self.device)
         threads = config.threads or devices.threads(self.policy)
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         self.reward_normalizer = RewardNormalizer(self.n_envs, config.gamma, config.clip_reward).to(self.device)
@@ -111,11 +110,9 @@ class OnPolicyAgent(Agent):
             compile = False
         self.updater = Updater(self.policy, self.loss, self.config, compile)
         self.reference = make_reference(self.policy, self.loss, self.config, restoring)
-        actor: Any = self.policy
-        self.collector = Collector(self._source(), actor, self.config.n_steps, device=self.device, seed=self.seed)
-        self.feed = make_feed(
-            self.collector, self.env_spec, self.tokens, self.world, self.policy, self.reference, self.loss,
-            self.config, self.reward_normalizer, self.seed,
+        self.collector, self.feed = make_feed(
+            self._source(), self.tokens, self.world, self.policy, self.reference, self.loss, self.config,
+            self.reward_normalizer, self.seed, self.device,
         )  # fmt: skip
         self.controllers = self.loss.controllers()
         self.controller_states = {k: c.initial() for k, c in self.controllers.items()}

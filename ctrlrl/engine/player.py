@@ -33,7 +33,7 @@ class Player:
 
     def __init__(self, policy: Any, loss: PolicyLoss, config: OnPolicyConfig, seed: int, device: torch.device) -> None:
         self.policy, self.loss, self.config, self.seed, self.device = policy, loss, config, seed, device
-        wanted = loss.required() | loss.uses
+        wanted = loss.required()
         self.behaviour = "logp_behaviour" in wanted
         self.dtype = DTYPES[config.episodes.behaviour_dtype]
         # the masking policy is a copy that lags behind (NLPO)
@@ -43,7 +43,7 @@ class Player:
     def new_iteration(self, iteration: int) -> None:
         """To be called before the first episodes of each iteration."""
         self.iteration, self.calls = iteration, 0
-        if self.lagged is not None and iteration % self.loss.mask_every == 0:
+        if self.lagged is not None and iteration % self.loss.lag() == 0:
             self.lagged.load_state_dict(self.policy.state_dict())
 
     def play(
@@ -193,10 +193,11 @@ class TokenPlayer(Player):
         self._envs: dict[int, gym.vector.VectorEnv] = {}
 
     def _env(self, width: int) -> gym.vector.VectorEnv:
-        wider = [w for w in self._envs if w >= width]
-        if wider:  # surplus places stay idle
-            return self._envs[min(wider)]
-        self._envs[width] = environments.make_native(self.spec, width)
+        # of exact width, as the policy is asked about idle places too; hints ask for a new one now and then
+        if width not in self._envs:
+            while len(self._envs) >= 8:
+                self._envs.pop(next(iter(self._envs))).close()
+            self._envs[width] = environments.make_native(self.spec, width)
         return self._envs[width]
 
     def _play(

@@ -11,7 +11,7 @@ from torch import nn
 from ctrlrl.engine.config import EPISODE_DEFAULTS, TOKEN_DEFAULTS, ConfigError, OnPolicyConfig
 from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.losses.needs import FLAT, NEEDS, WORLDS, Need, missing
-from ctrlrl.nets.actor_critic import ActorCritic, NetworkConfig
+from ctrlrl.nets.actor_critic import ActorCritic
 from ctrlrl.nets.flow_policy import FlowPolicy
 from ctrlrl.nets.token_policy import TabularPolicy, TransformerPolicy
 from ctrlrl.types import World
@@ -102,13 +102,12 @@ def build_policy(
     observation_space: gym.Space,
     action_space: gym.Space,
     tokens: Mapping[str, Any] | None,
-    network: NetworkConfig,
+    config: OnPolicyConfig,
     loss: PolicyLoss,
-    normalize_obs: bool,
-    clip_obs: float,
     encoder: Callable[..., nn.Module] | None,
 ) -> Policy:
     """The policy network of a world, with the critics of ``loss``."""
+    network, normalize_obs, clip_obs = config.network, config.normalize_obs, config.clip_obs
     if world == "tokens":
         assert tokens is not None
         table = network.policy == "tabular"

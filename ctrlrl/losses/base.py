@@ -137,8 +137,9 @@ class PolicyLoss:
         """[B] bool: rows to sample again with a hint; by default those of groups that score [B] nothing."""
         return adv.group_mean(score, group) <= 0
 
-    mask_every: ClassVar[int] = 1
-    """Iterations between refreshments of the lagged policy, for losses that need "support"."""
+    def lag(self) -> int:
+        """Iterations between refreshments of the lagged policy, for losses that need "support"."""
+        return 1
 
     def allowed(self, logits: Tensor) -> Tensor:
         """[..., K] bool: actions that the lagged policy's ``logits`` allow, for losses that need "support"."""

@@ -57,6 +57,9 @@ class NLPO(PPO):
         if self.mask_min_keep < 2:
             raise ValueError(f"mask_min_keep={self.mask_min_keep} must be at least 2, or the policy may lock in")
 
+    def lag(self) -> int:
+        return self.mask_every
+
     def allowed(self, logits: Tensor) -> Tensor:
         return support.top_p_support(logits, self.mask_top_p, self.mask_min_keep)
 
