@@ -68,9 +68,10 @@ except ImportError as error:
     raise ImportError(f'ctrlrl.interop.trl needs TRL: pip install "ctrlrl[trl]" ({error})') from error
 
 PROVIDES: frozenset[Need] = frozenset(
-    ["groups", "sequence_return", "score", "success", "rewards", "preferences", "tasks", "logp_ref", "logp_behaviour"]
-)
-"""What TRL's trainer can put before a loss. Turns are known too, but not what each of them did."""
+    ["groups", "whole_rows", "sequence_return", "score", "success", "rewards", "preferences", "tasks", "logp_ref",
+     "logp_behaviour", "step_dist"]
+)  # fmt: skip
+"""What TRL's trainer can put before a loss; of the distribution of each step, its entropy alone. Turns are known too, but not what each of them did."""
 REPLACED = (
     "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "scale_rewards",
     "multi_objective_aggregation", "top_entropy_quantile", "off_policy_mask_threshold", "use_bias_correction_kl",

@@ -74,7 +74,7 @@ CLAIMS: dict[str, list[Claim]] = {
         biased("positions within the budget", cut_second_row, ref_kl_coef=0.0, budget=6),
         biased(
             "wins less losses and KL(reference || policy)",
-            lambda w: 2 * w.length / 2048 * towards_reference(1e-3)(w),
+            lambda w: 2 * w.length / 256 * towards_reference(1e-3)(w),
         ),
     ],
     "capo": [
@@ -117,8 +117,8 @@ CLAIMS: dict[str, list[Claim]] = {
     "dr_grpo": [exact(lambda w: 0.5 / w.length), exact(0.5, max_length=1)],
     "empg": [biased("confidence and clarity", modulated)],
     "epo": [
-        biased("entropy in a band", entropy_band(0.1, 0.2, 0.2)),
-        biased("entropy", entropy_band(0.0, 0.0, 0.0), eps_band_low=1.0, eps_band_high=1e9),
+        biased("entropy in a band", entropy_band(0.1, 0.2, 0.2), phase="constant"),
+        biased("entropy", entropy_band(0.0, 0.0, 0.0), phase="constant", eps_band_low=1.0, eps_band_high=1e9),
     ],
     "etr": [group()],
     "g2rpo": [

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from contracts.test_methods import TRANSITIONS
 from helpers.agents import NOISY, assert_same_tensors, tiny
 from helpers.envs import Noisy
 from torch import nn
@@ -42,7 +43,7 @@ class MyEncoder(nn.Module):
         return torch.relu(self.linear(x))
 
 
-@EVERY
+@pytest.mark.parametrize("name", TRANSITIONS)
 def test_the_users_encoder_by_class_and_by_path_is_one_thing(name, tmp_path):
     """By class too the run can be loaded without passing the class again: its path is recorded."""
     path = f"{__name__}:MyEncoder"
@@ -82,8 +83,8 @@ class Mine(PolicyLoss):
 
 
 @dataclass(frozen=True)
-class NeedsGroups(Mine):
-    needs: ClassVar = frozenset({"groups"})
+class NeedsTurns(Mine):
+    needs: ClassVar = frozenset({"turns"})
 
 
 def test_the_users_own_loss_by_path(tmp_path):
@@ -103,8 +104,10 @@ def test_the_users_own_loss_by_path(tmp_path):
 
 
 def test_a_loss_that_needs_what_the_loop_has_not_is_refused():
-    with pytest.raises(KeyError, match=r"NeedsGroups needs groups"):
-        api.make(f"{__name__}:NeedsGroups", NOISY)
+    with pytest.raises(
+        ConfigError, match=r"NeedsTurns cannot run on continuous control here: it needs turns \(turns: "
+    ):
+        api.make(f"{__name__}:NeedsTurns", NOISY)
     for path in ("no.such:Loss", f"{__name__}:Missing", f"{__name__}:MyEncoder"):
         with pytest.raises(KeyError):
             api.make(path, NOISY)

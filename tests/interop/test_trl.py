@@ -31,8 +31,9 @@ RETURNS = (0.0, 1.75)
 """Ends of the returns: 1 for the share of a, 0.75 at weight 3/4 for the share of b."""
 
 NEEDS = frozenset(
-    ["groups", "sequence_return", "score", "success", "rewards", "preferences", "tasks", "logp_ref", "logp_behaviour"]
-)
+    ["groups", "whole_rows", "sequence_return", "score", "success", "rewards", "preferences", "tasks", "logp_ref",
+     "logp_behaviour", "step_dist"]
+)  # fmt: skip
 
 
 def qualifies(name):
