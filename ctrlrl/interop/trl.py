@@ -71,7 +71,8 @@ PROVIDES: frozenset[Need] = frozenset(
     ["groups", "whole_rows", "sequence_return", "score", "success", "rewards", "preferences", "tasks", "logp_ref",
      "logp_behaviour", "step_dist"]
 )  # fmt: skip
-"""What TRL's trainer can put before a loss; of the distribution of each step, its entropy alone. Turns are known too, but not what each of them did."""
+"""What TRL's trainer can put before a loss; of the distribution of each step, its entropy alone. Turns are known too,
+but not what each of them did."""
 REPLACED = (
     "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "scale_rewards",
     "multi_objective_aggregation", "top_entropy_quantile", "off_policy_mask_threshold", "use_bias_correction_kl",
