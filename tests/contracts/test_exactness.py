@@ -102,6 +102,7 @@ CLAIMS: dict[str, list[Claim]] = {
         exact(lambda w: 0.5 / w.length, score_gap=1e-9),
         biased("an expert joins failed groups", joined_by_an_expert, demonstrated),
     ],
+    "dapo": [group()],
     "dcpo": [
         biased("pull to the tempered policy", pulled_to_hotter, entropy_target=10.0, score_min=-1.0),
         biased("pull to the tempered policy by the sampled entropy", pulled_by_entropy(1.15), entropy_target=1.15),

@@ -154,6 +154,7 @@ TOKEN_LEVEL: dict[str, tuple[dict[str, Any], Callable[[At], Tensor]]] = {
     "dagrpo": ({}, clip()),
     "dcpo": ({"ratio_max": 1.4}, clip(0.2, 0.28, 1.4)),
     "direct_advantage": ({}, regression),
+    "dapo": ({}, clip(0.2, 0.28)),
     "dr_grpo": ({}, clip()),
     "empg": ({}, clip()),
     "etr": ({}, elastic),

@@ -245,6 +245,7 @@ def binary(batch):
 
 
 TOGETHER = {
+    "dapo": {"overlong_cache": {"overlong_length": 3}},
     "precision_diversity": {"top_k": {"top_reward": 0.1}},
     "gdpo": {"weights": {}},
 }

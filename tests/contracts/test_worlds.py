@@ -11,7 +11,7 @@ from ctrlrl.losses import base
 from ctrlrl.losses.needs import NEEDS, WORLDS, missing
 
 EVERYWHERE = (
-    "adora bapo bnpo bpo bpo_mean c3po cispo copo dagrpo direct_advantage dr_grpo etr g2rpo gbpo gdpo grpo gspo "
+    "adora bapo bnpo bpo bpo_mean c3po cispo copo dagrpo dapo direct_advantage dr_grpo etr g2rpo gbpo gdpo grpo gspo "
     "knapsack mdpo mhpo pf_ppo ppo r2vpo reinforce risk_po rloo s_ppo spear spo super_hf v0 vas "
 ).split()
 DECLINED: dict[str, dict[str, Sequence[str]]] = {

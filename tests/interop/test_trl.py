@@ -44,7 +44,7 @@ def qualifies(name):
 
 NAMES = [name for name in base.names() if qualifies(name)]
 ACCEPTED = [
-    "adora", "bnpo", "c3po", "cispo", "copg", "d3s", "dagrpo", "dpo", "dr_grpo", "empg", "epo", "etr", "g2rpo",
+    "adora", "bnpo", "c3po", "cispo", "copg", "d3s", "dagrpo", "dapo", "dpo", "dr_grpo", "empg", "epo", "etr", "g2rpo",
     "gbpo", "gdpo", "grpo", "gspo", "mhpo", "mini_rl", "p3o", "qwen_long", "real", "reinforce", "risk_po", "rloo",
     "rpo", "spear",
 ]  # fmt: skip
