@@ -115,6 +115,9 @@ def by_hand(name: str, loss: PolicyLoss, batch: SequenceBatch, metrics: bool) ->
         log_ratio = torch.where(mask, logp - old, nothing)
         s = bounded(log_ratio.sum(-1) / count).exp_()  # everything behind this is per sequence
         found = logged(log_ratio, bounded(log_ratio.detach()).exp_()) if metrics else {}
+        if metrics:  # a clipped sequence counts with all its positions
+            outside = (s.detach() < 1 - below) | (s.detach() > 1 + above)
+            found["clip_fraction"] = (outside * count).sum()
         return (s.clamp(low[:, 0], high[:, 0]) * whole).sum(), found
 
     def mhpo(logp: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
