@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -102,6 +103,9 @@ class SequenceBatch(NamedTuple):
     route: Tensor | None = None
     """[B, T, ...] int: branches that a mixture policy chose; it gets them back as ``policy(obs, action, route)``."""
 
+    def came_from(self, source: int) -> Tensor:
+        """[B] bool: rows of that ``source``; without sources all are on-policy."""
+        return torch.full_like(self.mask[:, 0], source == ON_POLICY) if self.source is None else self.source == source
 
     def rows(self, index: Tensor | slice) -> SequenceBatch:
         """The sequences at ``index``."""

@@ -65,17 +65,9 @@ class Player:
         """
         noise = generator(self.seed, "actions", self.iteration, self.calls)
         self.calls += 1
-        return self._play(seeds, group, temperature, forced, forced_length, noise)
+        return self._play(seeds, group, Draw(temperature, forced=forced, forced_length=forced_length), noise)
 
-    def _play(
-        self,
-        seeds: Sequence[int],
-        group: Tensor,
-        temperature: float,
-        forced: Tensor | None,
-        forced_length: Tensor | None,
-        noise: torch.Generator,
-    ) -> Episodes:
+    def _play(self, seeds: Sequence[int], group: Tensor, draw: Draw, noise: torch.Generator) -> Episodes:
         raise TypeError(f"{type(self).__name__} does not say how to play")
 
     def border(self) -> None:
@@ -111,20 +103,12 @@ class ControlPlayer(Player):
         self.horizon = config.episodes.horizon or collector.horizon()
         self.says_success = False
 
-    def _play(
-        self,
-        seeds: Sequence[int],
-        group: Tensor,
-        temperature: float,
-        forced: Tensor | None,
-        forced_length: Tensor | None,
-        noise: torch.Generator,
-    ) -> Episodes:
+    def _play(self, seeds: Sequence[int], group: Tensor, draw: Draw, noise: torch.Generator) -> Episodes:
         support: Callable[[Obs], Tensor] | None = None
         if self.lagged is not None:
             lagged = self.lagged
             support = lambda obs: self.loss.allowed(lagged.distribution(obs).params()["logits"])  # noqa: E731
-        draw = Draw(temperature, support, self.behaviour, self.dtype, forced, forced_length)
+        draw = draw._replace(support=support, behaviour=self.behaviour, dtype=self.dtype)
         episodes = episodes_of(self.collector.collect_episodes(seeds, group, self.horizon, noise, draw))
         if episodes.success is not None:
             self.says_success = True
@@ -200,17 +184,10 @@ class TokenPlayer(Player):
             self._envs[width] = environments.make_native(self.spec, width)
         return self._envs[width]
 
-    def _play(
-        self,
-        seeds: Sequence[int],
-        group: Tensor,
-        temperature: float,
-        forced: Tensor | None,
-        forced_length: Tensor | None,
-        noise: torch.Generator,
-    ) -> Episodes:
-        if forced is not None and forced_length is not None:
-            late = torch.arange(forced.shape[1], device=forced.device) >= forced_length.unsqueeze(1)
+    def _play(self, seeds: Sequence[int], group: Tensor, draw: Draw, noise: torch.Generator) -> Episodes:
+        forced = draw.forced
+        if forced is not None and draw.forced_length is not None:
+            late = torch.arange(forced.shape[1], device=forced.device) >= draw.forced_length.unsqueeze(1)
             forced = forced.masked_fill(late, -1)
         return run_sequences(
             self._env(len(seeds)),
@@ -219,7 +196,7 @@ class TokenPlayer(Player):
             group,
             noise,
             self.device,
-            temperature=temperature,
+            temperature=draw.temperature,
             forced=forced,
             support=None if self.lagged is None else (self.lagged, self.loss.allowed),
             behaviour_dtype=self.dtype,

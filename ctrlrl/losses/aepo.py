@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ctrlrl.core import advantage as adv
 from ctrlrl.core.control import BangBang, Controller
@@ -62,7 +61,7 @@ class AEPO(ClippedGroupLoss):
 
     def begin(self, batch: SequenceBatch, knobs: Knobs, memory: Memory) -> Start:
         assert batch.sequence_return is not None and batch.group is not None
-        hot = self._tempered(batch)
+        hot = batch.came_from(TEMPERED)
         # a group's tempered rows are compared with each other: what is sampled beside GRPO's rows must not move them
         advantage = adv.center_scale(batch.sequence_return, 2 * batch.group + hot.long())
         success = hot & (advantage > self.advantage_min)
@@ -80,13 +79,6 @@ class AEPO(ClippedGroupLoss):
         prepared = super().prepare(batch, knobs)
         if self.tempered_coef is None:
             return prepared
-        own = batch.mask & ~self._tempered(batch).unsqueeze(-1)
+        own = batch.mask & ~batch.came_from(TEMPERED).unsqueeze(-1)
         _, denominator = AGGREGATIONS[self.aggregation](own, batch.advantage.dtype)
         return prepared._replace(denominator=denominator)
-
-    @staticmethod
-    def _tempered(batch: SequenceBatch) -> Tensor:
-        """[B] bool: rows sampled at the other temperature."""
-        if batch.source is None:
-            return torch.zeros(batch.mask.shape[0], dtype=torch.bool, device=batch.mask.device)
-        return batch.source == TEMPERED

@@ -64,16 +64,10 @@ class DaGRPO(ClippedGroupLoss):
     def _present(self, batch: SequenceBatch) -> Tensor:
         """[B] bool: all rows but the demonstrations of groups that solved their task."""
         assert batch.success is not None and batch.group is not None
-        demonstration = _demonstration(batch)
+        demonstration = batch.came_from(DEMONSTRATION)
         solved = reduce.segment_sum((batch.success & ~demonstration).to(batch.advantage.dtype), batch.group) > 0
         return ~(demonstration & solved)
 
     def log_ratio(self, batch: SequenceBatch, out: PolicyOutput) -> Tensor:
-        old = torch.where(_demonstration(batch).unsqueeze(-1), out.logp.detach(), batch.logp_old)
+        old = torch.where(batch.came_from(DEMONSTRATION).unsqueeze(-1), out.logp.detach(), batch.logp_old)
         return ratio.log_ratio(out.logp, old, batch.mask)
-
-
-def _demonstration(batch: SequenceBatch) -> Tensor:
-    if batch.source is None:
-        return torch.zeros_like(batch.mask[:, 0])
-    return batch.source == DEMONSTRATION

@@ -13,8 +13,7 @@ from ctrlrl.core import advantage as adv
 from ctrlrl.core import head, ratio, reduce
 from ctrlrl.losses.base import Knobs, Memory, PolicyLoss, Prepared, Start, register
 from ctrlrl.losses.needs import Need, Slot
-from ctrlrl.losses.sft import demonstrated
-from ctrlrl.types import PolicyOutput, SequenceBatch
+from ctrlrl.types import DEMONSTRATION, PolicyOutput, SequenceBatch
 
 SOFT_RL = (0.0, 0.125, 0.25, 0.5, 1.0, 1.0, 1.0, 1.0)
 SOFT_SFT = (1.0, 0.5, 0.25, 0.125, 0.0, 0.0, 0.0, 0.0)
@@ -53,7 +52,7 @@ class HPT(PolicyLoss):
 
     def begin(self, batch: SequenceBatch, knobs: Knobs, memory: Memory) -> Start:
         assert batch.sequence_return is not None and batch.group is not None
-        shown = demonstrated(batch)
+        shown = batch.came_from(DEMONSTRATION)
         # demonstrations form groups of their own, so that they do not enter the policy's mean
         centred = adv.center_scale(batch.sequence_return, 2 * batch.group + shown.long(), scale="none")
         share = self.share(batch, shown).to(centred.dtype)
@@ -79,7 +78,7 @@ class HPT(PolicyLoss):
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
         assert batch.coef is not None
         share = batch.coef["share"]
-        shown = demonstrated(batch).unsqueeze(-1)
+        shown = batch.came_from(DEMONSTRATION).unsqueeze(-1)
         counted = batch.mask & (share > 0)
         length = knobs.get("horizon", batch.mask.shape[-1])
         rows = (counted & ~shown).any(-1).sum().clamp(min=1)
@@ -92,4 +91,4 @@ class HPT(PolicyLoss):
         assert batch.coef is not None
         r = ratio.ratio(ratio.log_ratio(out.logp, batch.logp_old, batch.mask))
         gain = head.ratio_advantage(r, batch.coef["advantage"])
-        return -torch.where(demonstrated(batch).unsqueeze(-1), out.logp, gain)
+        return -torch.where(batch.came_from(DEMONSTRATION).unsqueeze(-1), out.logp, gain)

@@ -6,20 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ctrlrl.core import reduce
 from ctrlrl.losses.base import Knobs, PolicyLoss, Prepared, register
 from ctrlrl.losses.needs import Need, Slot
 from ctrlrl.types import DEMONSTRATION, PolicyOutput, SequenceBatch
-
-
-def demonstrated(batch: SequenceBatch) -> Tensor:
-    """[B] bool: rows that an expert gave."""
-    if batch.source is None:
-        return torch.zeros(batch.mask.shape[0], dtype=torch.bool, device=batch.mask.device)
-    return batch.source == DEMONSTRATION
 
 
 @register
@@ -41,7 +33,7 @@ class SFT(PolicyLoss):
     loop_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": None}
 
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
-        taught = batch.mask & demonstrated(batch).unsqueeze(-1)
+        taught = batch.mask & batch.came_from(DEMONSTRATION).unsqueeze(-1)
         return Prepared({}, *reduce.token_mean(taught, batch.advantage.dtype))
 
     def per_token(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> Tensor:

@@ -103,7 +103,7 @@ class SPEAR(ClippedGroupLoss):
 
     def begin(self, batch: SequenceBatch, knobs: Knobs, memory: Memory) -> Start:
         assert batch.sequence_return is not None and batch.group is not None
-        gain, group, new = batch.sequence_return, batch.group, ~_replayed(batch)
+        gain, group, new = batch.sequence_return, batch.group, ~batch.came_from(REPLAYED)
         first = outcome.first_of_group(group[new])
         spread = adv.group_std(gain[new], group[new])
         means, count = outcome.push(
@@ -125,11 +125,11 @@ class SPEAR(ClippedGroupLoss):
         return Start(batch, {"means": means, "count": count}, stats)
 
     def keep(self, batch: SequenceBatch) -> Tensor:
-        return (batch.advantage > 0).any(-1) & ~_replayed(batch)
+        return (batch.advantage > 0).any(-1) & ~batch.came_from(REPLAYED)
 
     def prepare(self, batch: SequenceBatch, knobs: Knobs) -> Prepared:
         mask, dtype = batch.mask, batch.advantage.dtype
-        replayed = _replayed(batch)
+        replayed = batch.came_from(REPLAYED)
         used = (batch.advantage > 0).any(-1) & replayed
         n_new = (mask.any(-1) & ~replayed).sum().to(dtype).clamp(min=1.0)
         n_used = used.sum().to(dtype).clamp(min=1.0)
@@ -149,9 +149,3 @@ class SPEAR(ClippedGroupLoss):
         high = valid & (cov > self.cov_low) & (cov < self.cov_high)
         drop = (self.cov_share * valid.sum()).floor().clamp(min=1.0)
         return torch.where(high, 1.0 - (drop / high.sum().clamp(min=1)).clamp(max=1.0), one)
-
-
-def _replayed(batch: SequenceBatch) -> Tensor:
-    if batch.source is None:
-        return torch.zeros_like(batch.mask[:, 0])
-    return batch.source == REPLAYED

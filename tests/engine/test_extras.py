@@ -49,7 +49,8 @@ class Taught(Player):
         super().__init__(None, GHPO(), OnPolicyConfig(), 0, torch.device("cpu"))
         self.solutions, self.asked = solutions, []
 
-    def _play(self, seeds, group, temperature, forced, forced_length, noise):
+    def _play(self, seeds, group, draw, noise):
+        forced, forced_length = draw.forced, draw.forced_length
         self.asked.append((list(seeds), group.tolist(), forced))
         rows, steps = len(seeds), self.solutions.shape[1]
         solution = self.solutions[group]

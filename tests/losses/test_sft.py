@@ -3,7 +3,7 @@
 import torch
 from losses.golden import batch_of, objective, weights
 
-from ctrlrl.losses.sft import SFT, demonstrated
+from ctrlrl.losses.sft import SFT
 from ctrlrl.types import DEMONSTRATION, ON_POLICY
 
 F64 = torch.float64
@@ -28,12 +28,12 @@ def test_without_demonstrations_there_is_nothing_to_learn():
     batch, out = shown()
     for source in (None, torch.full((3,), ON_POLICY)):
         alone = batch._replace(source=source)
-        assert not demonstrated(alone).any()
+        assert not alone.came_from(DEMONSTRATION).any()
         assert weights(SFT(), alone, out).abs().max() == 0 and objective(SFT(), alone, out) == 0
 
 
 def test_positions_that_are_not_shown_may_hold_anything():
     batch, out = shown()
-    learned = batch.mask & demonstrated(batch).unsqueeze(-1)
+    learned = batch.mask & batch.came_from(DEMONSTRATION).unsqueeze(-1)
     poisoned = torch.where(learned, out.logp, torch.nan).detach().requires_grad_()
     assert torch.equal(weights(SFT(), batch, out._replace(logp=poisoned)), learned.to(F64))
