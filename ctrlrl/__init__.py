@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ctrlrl.api import available as available
     from ctrlrl.api import load as load
     from ctrlrl.api import make as make
+    from ctrlrl.engine.off_policy import OffPolicyAgent
     from ctrlrl.engine.on_policy import OnPolicyAgent
     from ctrlrl.run.report import report as report
     from ctrlrl.types import EnvSpec as EnvSpec
@@ -142,6 +143,18 @@ if TYPE_CHECKING:
     class V0(OnPolicyAgent): ...
 
     class VAS(OnPolicyAgent): ...
+
+    class IWOCS(OffPolicyAgent): ...
+
+    class M2TD3(OffPolicyAgent): ...
+
+    class MDPOOff(OffPolicyAgent): ...
+
+    class RARL(OffPolicyAgent): ...
+
+    class SAC(OffPolicyAgent): ...
+
+    class TD3(OffPolicyAgent): ...
 
 
 _LAZY = {

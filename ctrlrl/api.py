@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium as gym
 import torch
 
 from ctrlrl import names
-from ctrlrl.engine import config as configs
+from ctrlrl.engine import algorithm as algorithms
 from ctrlrl.engine import runfolder
+from ctrlrl.engine.algorithm import Algorithm
+from ctrlrl.engine.off_policy import OffPolicyAgent
 from ctrlrl.engine.on_policy import OnPolicyAgent
+from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.engine.world import capabilities
 from ctrlrl.losses import base as losses
 from ctrlrl.types import EnvSpec
+
+AgentClass: TypeAlias = type[OnPolicyAgent] | type[OffPolicyAgent]
 
 
 class Method(NamedTuple):
@@ -25,27 +30,39 @@ class Method(NamedTuple):
     family: str
     paper: str
     capabilities: frozenset[str]
-    agent: type[OnPolicyAgent]
+    presets: tuple[str, ...]
+    agent: AgentClass
 
 
 @functools.cache
-def agent_classes() -> dict[str, type[OnPolicyAgent]]:
-    """Agent classes by class name (PPO, BPO, ...), one for each loss."""
-    classes: dict[str, type[OnPolicyAgent]] = {}
+def agent_classes() -> dict[str, AgentClass]:
+    """Agent classes by class name (PPO, SAC, ...), one for each loss and each off-policy method."""
+    classes: dict[str, AgentClass] = {}
     for name in losses.names():
         loss = losses.get(name)
         document = f"On-policy agent with the {name} loss. {loss.__doc__}\n\nPaper: {loss.paper}"
         members = {"method": name, "__doc__": document, "capabilities": capabilities(loss)}
         classes[loss.__name__] = type(loss.__name__, (OnPolicyAgent,), members)
+    for name in algorithms.names():
+        algorithm = algorithms.get(name)
+        classes[algorithm.__name__] = _off_policy_class(name, algorithm)
     return classes
+
+
+def _off_policy_class(name: str, algorithm: type[Algorithm]) -> AgentClass:
+    document = f"Off-policy agent with the {name} update. {algorithm.__doc__}\n\nPaper: {algorithm.paper}"
+    members = {"method": name, "__doc__": document, "capabilities": algorithm.capabilities}
+    return type(algorithm.__name__, (algorithm.agent_class(),), members)
 
 
 def methods() -> dict[str, Method]:
     """All trainable methods by name."""
     found = {}
     for cls in agent_classes().values():
-        loss = losses.get(cls.method)
-        found[cls.method] = Method(cls.method, "on-policy", loss.paper, cls.capabilities, cls)
+        off_policy = issubclass(cls, OffPolicyAgent)
+        own = algorithms.get(cls.method) if off_policy else losses.get(cls.method)
+        family = "off-policy" if off_policy else "on-policy"
+        found[cls.method] = Method(cls.method, family, own.paper, cls.capabilities, tuple(own.presets), cls)
     return found
 
 
@@ -60,13 +77,15 @@ def available(kind: str = "methods") -> list[str]:
     raise ValueError(f"nothing is listed under {kind!r}; expected methods, losses or envs")
 
 
-def get_method(name: str) -> type[OnPolicyAgent]:
-    """The agent class of ``name``, or of the user's own loss ``package.module:Class``.
+def get_method(name: str) -> AgentClass:
+    """The agent class of ``name``, or of the user's own loss or off-policy method ``package.module:Class``.
 
     Raises:
         KeyError: Unknown, with the nearest names.
     """
     if ":" in name:
+        if algorithms.is_one(name):
+            return _off_policy_class(name, algorithms.get(name))
         loss = losses.get(name)
         members = {"method": name, "__doc__": loss.__doc__, "capabilities": capabilities(loss)}
         return type(loss.__name__, (OnPolicyAgent,), members)
@@ -76,11 +95,11 @@ def get_method(name: str) -> type[OnPolicyAgent]:
     return known[name].agent
 
 
-def make(method: str, env: str | EnvSpec | gym.Env | gym.vector.VectorEnv, **settings: Any) -> OnPolicyAgent:
+def make(method: str, env: str | EnvSpec | gym.Env | gym.vector.VectorEnv, **settings: Any) -> TrainedAgent:
     """Build an agent: ``make("bpo", env="HalfCheetah-v5", seed=0, n_envs=8, lam=1e-2)``.
 
     Args:
-        method: A name from ``available("methods")``, or ``package.module:Class`` of your own loss.
+        method: A name from ``available("methods")``, or ``package.module:Class`` of your own loss or method.
         env: Gymnasium id, EnvSpec or live environment.
         **settings: ``seed``, ``n_envs``, ``backend``, ``env_kwargs``, ``preset``, and every hyper-parameter by name.
     """
@@ -93,7 +112,7 @@ def load(
     env: str | EnvSpec | gym.Env | gym.vector.VectorEnv | None = None,
     device: str | None = None,
     encoder: Any = None,
-) -> OnPolicyAgent:
+) -> TrainedAgent:
     """The agent saved in a run folder or by ``agent.save``.
 
     Args:
@@ -114,8 +133,10 @@ def load(
             raise ValueError(f"{folder} was trained on a live environment without an id; pass it as env=")
         wrappers = tuple((path, dict(kwargs)) for path, kwargs in spec["wrappers"])
         env = EnvSpec(**{**spec, "wrappers": wrappers})
-    settings = dict(document["config"])
-    settings |= settings.pop("network") | settings.pop("episodes", {})
+    cls = get_method(document["method"])
+    settings: dict[str, Any] = {}
+    for name, value in document["config"].items():
+        settings |= value if isinstance(value, dict) else {name: value}
     if encoder is not None:
         settings["encoder"] = encoder
     if device is not None:
@@ -123,9 +144,7 @@ def load(
     elif str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
         settings["device"] = "cpu"
     settings["cudagraphs"] = settings["cudagraphs"] and not str(settings["device"]).startswith("cpu")
-    cls = get_method(document["method"])
-    loss = losses.get(document["method"])
-    settings |= {k: v for k, v in document["loss"].items() if k in configs.field_names(loss)}
+    settings |= document[cls.own_name]
     agent = cls(env, seed=document["seed"], restoring=True, **settings)
     agent.load_checkpoint(folder, checkpoint)
     return agent

@@ -67,7 +67,7 @@ def test_declared_names_are_the_lazy_ones():
     classes = {n.name for n in block.body if isinstance(n, ast.ClassDef)}
     from ctrlrl.api import agent_classes
 
-    assert declared - {"OnPolicyAgent"} == set(ctrlrl._LAZY)
+    assert declared - {"OnPolicyAgent", "OffPolicyAgent"} == set(ctrlrl._LAZY)
     assert classes == set(agent_classes())
 
 
@@ -92,15 +92,18 @@ def test_the_library_never_imports_its_environments():
 
 
 def configurations():
-    from ctrlrl.api import methods
+    from ctrlrl.engine import algorithm
     from ctrlrl.engine.config import EpisodesConfig, OnPolicyConfig
+    from ctrlrl.engine.off_policy_config import OffPolicyConfig
     from ctrlrl.losses import base
     from ctrlrl.nets.actor_critic import NetworkConfig
+    from ctrlrl.nets.actors import QNetworkConfig
     from ctrlrl.run import cli
     from ctrlrl.types import EnvSpec
 
     verbs = [c for c in vars(cli).values() if dataclasses.is_dataclass(c) and c.__module__ == cli.__name__]
-    return [OnPolicyConfig, NetworkConfig, EpisodesConfig, EnvSpec, *verbs, *(base.get(name) for name in methods())]
+    loops = [OnPolicyConfig, NetworkConfig, EpisodesConfig, OffPolicyConfig, QNetworkConfig, EnvSpec]
+    return [*loops, *verbs, *map(base.get, base.names()), *map(algorithm.get, algorithm.names())]
 
 
 @pytest.mark.parametrize("cls", configurations(), ids=lambda c: c.__name__)
@@ -121,18 +124,20 @@ def test_every_setting_is_frozen_and_explained(cls):
 
 def test_every_setting_has_one_meaning():
     """The flags of the run, the loop, the network and the loss share one flat space."""
+    from ctrlrl.engine.algorithm import Algorithm
     from ctrlrl.engine.config import EpisodesConfig, OnPolicyConfig
+    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+    from ctrlrl.losses.base import PolicyLoss
     from ctrlrl.nets.actor_critic import NetworkConfig
+    from ctrlrl.nets.actors import QNetworkConfig
     from ctrlrl.run.cli import Train
 
-    for loss in configurations():
-        if hasattr(loss, "per_token"):
-            names = [
-                f.name
-                for c in (Train, OnPolicyConfig, NetworkConfig, EpisodesConfig, loss)
-                for f in dataclasses.fields(c)
-            ]
-            assert len(names) == len(set(names)), loss.__name__
+    loops = {PolicyLoss: (OnPolicyConfig, NetworkConfig, EpisodesConfig), Algorithm: (OffPolicyConfig, QNetworkConfig)}
+    for method in configurations():
+        for kind, loop in loops.items():
+            if issubclass(method, kind):
+                names = [f.name for c in (Train, *loop, method) for f in dataclasses.fields(c)]
+                assert len(names) == len(set(names)), method.__name__
 
 
 def test_constraints_cover_what_the_project_asks_for():

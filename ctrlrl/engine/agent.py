@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from ctrlrl.engine import checkpoint, environments, runfolder
 from ctrlrl.engine.errors import CheckpointError
 from ctrlrl.engine.evaluate import Evaluation, evaluate
+from ctrlrl.engine.robust import RobustEvaluation, evaluate_grid, target
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.spaces import space_to_json
+from ctrlrl.engine.uncertainty import Convention
 from ctrlrl.types import EnvSpec, Obs
 
 
@@ -94,9 +96,42 @@ class Agent:
         noise = None if deterministic else generator(base, "noise")
         try:
             with environments.torch_threads(getattr(getattr(self, "config", None), "threads", None)):
-                return evaluate(env, lambda o, _: self._act(self._as_batch(o)[0], noise), episodes, base)
+                return evaluate(env, self.session(noise), episodes, base)
         finally:
             env.close()
+
+    def evaluate_robust(
+        self,
+        points: int = 10,
+        episodes: int = 1,
+        convention: Convention = "m2td3",
+        deterministic: bool = True,
+        seed: int | None = None,
+        env: str | EnvSpec | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+    ) -> RobustEvaluation:
+        """Run whole episodes on a grid over the uncertainty set of ``env``; see :mod:`ctrlrl.engine.robust`.
+
+        Args:
+            points: Of the grid, in each dimension.
+            episodes: In each cell, from the same reset seeds.
+            convention: ``"m2td3"`` includes the upper end of every range, ``"rrls"`` leaves it out.
+            deterministic: Act by the mode or by sampling.
+            seed: Defaults to the agent's seed.
+            env: The agent's own environment by default; another needs the same spaces.
+            env_kwargs: Added to the environment's arguments.
+        """
+        return evaluate_grid(self, points, episodes, convention, seed, deterministic, target(self, env, env_kwargs))
+
+    def session(self, noise: torch.Generator | None = None) -> Callable[[Any, np.ndarray], np.ndarray]:
+        """How to act through whole episodes side by side: ``(observations [N, ...], episode numbers [N]) -> actions``.
+
+        An agent with a memory keeps it in the function and forgets a place's when its episode number changes.
+
+        Args:
+            noise: Generator to sample actions with; None takes the mode.
+        """
+        return lambda obs, _: self._act(self._as_batch(obs)[0], noise)
 
     @property
     def can_evaluate(self) -> bool:

@@ -227,7 +227,8 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise CheckpointError(f"tensor {name!r} is sparse or quantised; store it dense (tensor.to_dense())")
-        dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+        dense = tensor.detach().to("cpu").resolve_conj().resolve_neg()
+        dense = dense.clone(memory_format=torch.contiguous_format) if not _packed(dense) else dense
         storage = dense.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory (tied weights, views): each is stored in full.
         if dense.numel() and (storage in seen or dense.untyped_storage().nbytes() != dense.nbytes):
@@ -235,6 +236,15 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(storage)
         stored[name] = dense
     return stored
+
+
+def _packed(tensor: Tensor) -> bool:
+    """Whether elements lie in order; a window of one row counts as contiguous whatever its strides."""
+    strides, size = [], 1
+    for n in reversed(tensor.shape):
+        strides.insert(0, size)
+        size *= n
+    return list(tensor.stride()) == strides
 
 
 def _digest(tensors: Mapping[str, Tensor], state: str) -> str:

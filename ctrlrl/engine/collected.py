@@ -34,7 +34,8 @@ class Collected(NamedTuple):
     valid_t: Tensor
     """[T, N] bool: False for reset steps (NEXT_STEP) and after the end of a group's episode."""
     final_t: Tensor
-    """[K] int64 time index of steps whose true next observation is not in ``obs``: truncated, reset at once."""
+    """[K] int64 time index of steps whose true next observation is not in ``obs``: truncated (and, where asked for,
+    terminated), reset at once."""
     final_n: Tensor
     """[K] int64 their environment."""
     final_obs: Obs
@@ -129,9 +130,8 @@ def _stack(values: list[Any], like: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(v) for v in values])).to(like.device, like.dtype)
 
 
-def keep_finals(t: int, infos: Mapping[str, Any], terminated: Any, truncated: Any, finals: list[Any]) -> None:
-    """Note the final observations of what was truncated, from the infos of a SAME_STEP environment."""
-    wanted = truncated & ~terminated
+def keep_finals(t: int, infos: Mapping[str, Any], wanted: Any, finals: list[Any]) -> None:
+    """Note the final observations of the environments ``wanted`` [N], from the infos of a SAME_STEP environment."""
     if wanted.any():
         values = infos["final_obs"]
         finals += [(t, int(n), row_of(values, int(n))) for n in np.flatnonzero(wanted)]

@@ -72,6 +72,7 @@ class Collector:
         device: Where the policy lives.
         seed: Seed of border 0, which is drawn before the first rollout unless :meth:`border` was called.
         dump_dir: Folder for the file that replays a non-finite value; None writes none.
+        keep_terminal: Keep the last observation of episodes that terminated too, not only of those that were cut.
 
     Raises:
         ValueError: A live vector environment that does not declare its autoreset.
@@ -86,6 +87,7 @@ class Collector:
         seed: int = 0,
         *,
         dump_dir: str | os.PathLike[str] | None = None,
+        keep_terminal: bool = False,
     ) -> None:
         if n_steps < 1:
             raise ValueError(f"n_steps={n_steps} must be at least 1")
@@ -94,6 +96,7 @@ class Collector:
         self.policy, self.n_steps, self.seed = policy, n_steps, seed
         self.device = torch.device(device)
         self.dump_dir = None if dump_dir is None else Path(dump_dir)
+        self.keep_terminal = keep_terminal
         self.n_envs = environments.width(env)
         self.env: gym.vector.VectorEnv | None = None
         self._groups: gym.vector.VectorEnv | None = None
@@ -190,7 +193,7 @@ class Collector:
                             f"without its last observation there is no value to go on with. Found {sorted(infos)}"
                         )
                     if infos and "final_obs" in infos:
-                        keep_finals(t, infos, terminations[t], truncations[t], finals)
+                        keep_finals(t, infos, self._finals_wanted(terminations[t], truncations[t]), finals)
                     obs = write_obs(t + 1, next_obs)
         except Exception as error:
             self._history.add(sent[: t + 1])
@@ -211,9 +214,13 @@ class Collector:
         ended = terminated | truncated
         if not ended.any():
             return obs
-        finals += [(t, int(n), row_of(obs, int(n))) for n in np.flatnonzero(truncated & ~terminated)]
+        wanted = self._finals_wanted(terminated, truncated)
+        finals += [(t, int(n), row_of(obs, int(n))) for n in np.flatnonzero(wanted)]
         assert self.env is not None
         return self.env.reset(options={"reset_mask": ended})[0]
+
+    def _finals_wanted(self, terminated: Any, truncated: Any) -> Any:
+        return terminated | truncated if self.keep_terminal else truncated & ~terminated
 
     def _mark_reset_steps(self, storage: RolloutStorage) -> None:
         """Mark the steps that only reset: with NEXT_STEP, each one after an end, across rollouts too."""

@@ -1,18 +1,28 @@
-"""The settings of the on-policy loop."""
+"""The settings of the training loops, and how flat names find their place in them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from ctrlrl import names
-from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.nets.actor_critic import NetworkConfig
 from ctrlrl.types import check_types
 
+
+class Configured(Protocol):
+    """A method: a frozen dataclass of settings of its own, with a name and defaults for the loop."""
+
+    name: ClassVar[str]
+    loop_defaults: ClassVar[Mapping[str, Any]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+
 T = TypeVar("T")
+M = TypeVar("M", bound=Configured)
+C = TypeVar("C", bound="RunConfig")
 
 
 class ConfigError(ValueError):
@@ -77,7 +87,52 @@ TOKEN_DEFAULTS: dict[str, Any] = EPISODE_DEFAULTS | {
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig:
+class RunConfig:
+    """What every training loop has: checkpoints, evaluations, where to compute."""
+
+    checkpoint_every: int = 50_000
+    """Environment steps between checkpoints, rounded up to whole iterations and at least ten of them. The
+    environments are recreated at each, which is what makes a resumed run equal to an uninterrupted one."""
+    eval_every: int | None = 50_000
+    """Environment steps between evaluations; None never evaluates."""
+    eval_episodes: int = 10
+    """Deterministic episodes per evaluation."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
+    threads: int | None = None
+    """Torch threads on the CPU; None picks one for small networks and all cores for large ones."""
+    compile: bool = False
+    """Compile the update with torch.compile: ten to sixty seconds at the start, then faster updates."""
+    cudagraphs: bool = False
+    """Replay the update as a CUDA graph; needs a GPU. Not yet run on one: compare with a run without."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_types(self)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self._positive("checkpoint_every eval_every eval_episodes threads")
+
+    def _positive(self, names: str) -> None:
+        for name in names.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value} must be positive")
+
+    def _at_least_zero(self, names: str) -> None:
+        for name in names.split():
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name}={value} must not be negative")
+
+    def _fractions(self, names: str) -> None:
+        for name in names.split():
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig(RunConfig):
     """Collect, estimate, update: everything but the loss."""
 
     n_steps: int = 2048
@@ -123,49 +178,22 @@ class OnPolicyConfig:
     """Shape of the policy network."""
     episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     """How whole episodes are drawn."""
-    checkpoint_every: int = 50_000
-    """Environment steps between checkpoints, rounded up to whole iterations and at least ten of them. The
-    environments are recreated at each, which is what makes a resumed run equal to an uninterrupted one."""
-    eval_every: int | None = 50_000
-    """Environment steps between evaluations; None never evaluates."""
-    eval_episodes: int = 10
-    """Deterministic episodes per evaluation."""
     diagnose_every: int | None = 10
     """Iterations between diagnoses of the update (``diagnose/...`` in the logs, entropy to gradient weights); None
     never diagnoses. Training is the same with and without."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
-    threads: int | None = None
-    """Torch threads on the CPU; None picks one for small networks and all cores for large ones."""
-    compile: bool = False
-    """Compile the update with torch.compile: ten to twenty seconds at the start, then two to three times the speed."""
-    cudagraphs: bool = False
-    """Replay the update as a CUDA graph; needs a GPU. Not yet run on one: compare with a run without."""
     steps_per_graph: int = 4
     """Optimiser steps unrolled into one compiled graph or CUDA graph."""
     micro_batches: int = 1
     """Split every optimiser step's batch into this many parts, to save memory; the result is the same."""
 
     def __post_init__(self) -> None:
-        try:
-            check_types(self)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        positive = (
+        super().__post_init__()
+        self._positive(
             "n_steps batch_size epochs value_epochs value_batch_size value_clip max_grad_norm target_kl adam_eps "
-            "clip_obs clip_reward checkpoint_every eval_every eval_episodes diagnose_every threads steps_per_graph "
-            "micro_batches"
+            "clip_obs clip_reward diagnose_every steps_per_graph micro_batches"
         )
-        for name in positive.split():
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value} must be positive")
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("learning_rate", "value_coef", "entropy_coef"):
-            if not getattr(self, name) >= 0.0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+        self._fractions("gamma gae_lambda")
+        self._at_least_zero("learning_rate value_coef entropy_coef")
         if self.value_batch_size is not None and self.value_epochs is None:
             raise ConfigError("value_batch_size is set but value_epochs is not: there is no separate value update")
 
@@ -175,49 +203,62 @@ def field_names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
+def nested(loop: type[RunConfig]) -> dict[str, type]:
+    """Fields of ``loop`` that are dataclasses of settings themselves (network, episodes), with their classes."""
+    return {f.name: f.default_factory for f in dataclasses.fields(loop) if isinstance(f.default_factory, type)}
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The settings of a loop by name, those of its nested groups among them; the inverse of :func:`build`."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {f.name: value}
+    return found
+
+
 def build(
-    loss_type: type[PolicyLoss],
+    method: type[M],
     settings: Mapping[str, Any],
     preset: str | None = None,
     defaults: Mapping[str, Any] | None = None,
-) -> tuple[OnPolicyConfig, PolicyLoss]:
-    """Sort flat ``settings`` into the loop's, the network's, the episodes' and the loss's fields.
+    loop: type[C] = OnPolicyConfig,
+) -> tuple[C, M]:
+    """Sort flat ``settings`` into the fields of the loop, of its nested groups and of the method.
 
     Later wins: the fields' own defaults, ``defaults`` of the kind of rows, then of the method, of the preset, then
     ``settings``. Unknown names raise :class:`ConfigError` with the nearest known ones.
     """
-    merged: dict[str, Any] = {**(defaults or {}), **loss_type.loop_defaults}
+    merged: dict[str, Any] = {**(defaults or {}), **method.loop_defaults}
     if preset is not None:
-        if preset not in loss_type.presets:
-            known = ", ".join(loss_type.presets) or "none"
-            raise ConfigError(f"{loss_type.name} has no preset {preset!r}; known: {known}")
-        merged |= loss_type.presets[preset]
+        if preset not in method.presets:
+            known = ", ".join(method.presets) or "none"
+            raise ConfigError(f"{method.name} has no preset {preset!r}; known: {known}")
+        merged |= method.presets[preset]
     merged |= settings
-    groups: list[type] = [OnPolicyConfig, NetworkConfig, EpisodesConfig, loss_type]
+    inner = nested(loop)
+    groups: list[type] = [loop, *inner.values(), method]
     parts: list[dict[str, Any]] = [{} for _ in groups]
-    taken = set(field_names(loss_type)) & {n for group in groups[:3] for n in field_names(group)}
+    taken = set(field_names(method)) & {n for group in groups[:-1] for n in field_names(group)}
     if taken:
-        raise ConfigError(f"{loss_type.name} names its field {', '.join(sorted(taken))} like a setting of the loop")
+        raise ConfigError(f"{method.name} names its field {', '.join(sorted(taken))} like a setting of the loop")
     for name, value in merged.items():
         for part, group in zip(parts, groups, strict=True):
             if name in field_names(group):
-                part[name] = value
+                # JSON turns tuples into lists
+                part[name] = tuple(value) if isinstance(value, list) else value
                 break
         else:
             known = [n for group in groups for n in field_names(group)]
-            raise ConfigError(f"{loss_type.name} has no setting {name!r}.{names.hint(name, known)}")
-    loop, network, episodes, loss = parts
-    for name in ("actor_hidden", "critic_hidden"):
-        if isinstance(network.get(name), list):
-            network[name] = tuple(network[name])
-    if network:
-        loop["network"] = dataclasses.replace(loop.get("network", NetworkConfig()), **network)
+            raise ConfigError(f"{method.name} has no setting {name!r}.{names.hint(name, known)}")
+    outer, own = parts[0], parts[-1]
     try:
-        if episodes:
-            loop["episodes"] = dataclasses.replace(loop.get("episodes", EpisodesConfig()), **episodes)
-        return OnPolicyConfig(**loop), loss_type(**loss)
+        for (name, group), part in zip(inner.items(), parts[1:-1], strict=True):
+            if part:
+                outer[name] = dataclasses.replace(outer.get(name, group()), **part)
+        return loop(**outer), method(**own)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{loss_type.name}: {error}") from error
+        raise ConfigError(f"{method.name}: {error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -308,7 +308,11 @@ def make_native(spec: EnvSpec, n_envs: int) -> gym.vector.VectorEnv:
         raise ValueError(f"{spec.id} has no vector form (vector_entry_point)")
     if spec.wrappers:
         raise ValueError(f"{spec.id}: wrappers cannot be applied to the vector form of token environments")
-    return gym.make_vec(spec.id, num_envs=n_envs, vectorization_mode="vector_entry_point", **spec.kwargs)
+    env = gym.make_vec(spec.id, num_envs=n_envs, vectorization_mode="vector_entry_point", **spec.kwargs)
+    if env.metadata["autoreset_mode"] != AutoresetMode.DISABLED:
+        env.close()
+        raise ValueError(f"{spec.id}: its vector form resets by itself; episodes are drawn with autoreset disabled")
+    return env
 
 
 def set_params(env: gym.vector.VectorEnv, params: Mapping[str, float] | Sequence[Mapping[str, float]]) -> None:
@@ -325,6 +329,10 @@ def set_params(env: gym.vector.VectorEnv, params: Mapping[str, float] | Sequence
         f"{getattr(env, 'name', type(env).__name__)} has no set_params: parameters can be set only for environments "
         "with parameter_space, nominal and set_params (ctrlrl.types.ParametricEnv)"
     )
+    own = getattr(env, "set_params", None)
+    if own is not None:  # a vector form of its own
+        own(each)
+        return
     if isinstance(env, LeanSyncVectorEnv):
         if not all(e.has_wrapper_attr("set_params") for e in env.envs):
             raise ValueError(refusal)

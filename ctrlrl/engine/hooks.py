@@ -13,7 +13,7 @@ import numpy as np
 from ctrlrl.engine.evaluate import Evaluation
 
 if TYPE_CHECKING:
-    from ctrlrl.engine.on_policy import OnPolicyAgent
+    from ctrlrl.engine.trainer import TrainedAgent
 
 HOOKS = ("on_update", "on_evaluation", "on_checkpoint")
 
@@ -21,13 +21,13 @@ HOOKS = ("on_update", "on_evaluation", "on_checkpoint")
 class Callback(Protocol):
     """Hooks into training; each may return False to stop after the current iteration. All are optional."""
 
-    def on_update(self, agent: OnPolicyAgent, step: int, metrics: Mapping[str, float]) -> bool | None:
+    def on_update(self, agent: TrainedAgent, step: int, metrics: Mapping[str, float]) -> bool | None:
         """After every iteration, with everything that was logged."""
 
-    def on_evaluation(self, agent: OnPolicyAgent, step: int, evaluation: Evaluation) -> bool | None:
+    def on_evaluation(self, agent: TrainedAgent, step: int, evaluation: Evaluation) -> bool | None:
         """After every periodic evaluation."""
 
-    def on_checkpoint(self, agent: OnPolicyAgent, step: int, path: Path) -> bool | None:
+    def on_checkpoint(self, agent: TrainedAgent, step: int, path: Path) -> bool | None:
         """After every checkpoint at a border and at the end (``last``)."""
 
 
@@ -38,7 +38,7 @@ def check(callbacks: Sequence[Any]) -> None:
             raise TypeError(f"the callback {callback!r} has none of the methods {', '.join(HOOKS)}")
 
 
-def notify(callbacks: Sequence[Any], hook: str, agent: OnPolicyAgent, value: Any) -> bool:
+def notify(callbacks: Sequence[Any], hook: str, agent: TrainedAgent, value: Any) -> bool:
     """Call ``hook`` of every callback that has it; False if any of them asks to stop."""
     go_on = True
     for callback in callbacks:

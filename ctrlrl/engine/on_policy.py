@@ -6,29 +6,26 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.engine import checkpoint, devices, diagnose, environments, hooks, replay, runfolder
-from ctrlrl.engine.agent import Agent, load_module
-from ctrlrl.engine.config import build, to_dict
-from ctrlrl.engine.errors import CheckpointError, NonFiniteError, NonFiniteUpdateError
+from ctrlrl.engine import devices, diagnose, environments, replay
+from ctrlrl.engine.agent import load_module
+from ctrlrl.engine.config import OnPolicyConfig, build
+from ctrlrl.engine.errors import CheckpointError, NonFiniteUpdateError
 from ctrlrl.engine.feeds import make_feed, make_reference
 from ctrlrl.engine.graphs import compiler_available
-from ctrlrl.engine.log import Progress, RunLogger, Tags
 from ctrlrl.engine.seeding import derive, generator
+from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.engine.update import Updater
 from ctrlrl.engine.world import Policy, build_policy, check_world, defaults, whole_episodes, world_of
 from ctrlrl.losses import base as losses
+from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.nets.actor_critic import encoder_path
 from ctrlrl.nets.normalizer import RewardNormalizer
 from ctrlrl.types import Backend, EnvSpec, SequenceBatch
@@ -36,7 +33,7 @@ from ctrlrl.types import Backend, EnvSpec, SequenceBatch
 logger = logging.getLogger("ctrlrl")
 
 
-class OnPolicyAgent(Agent):
+class OnPolicyAgent(TrainedAgent):
     """An agent trained by the on-policy loop with one policy loss.
 
     Args:
@@ -52,7 +49,7 @@ class OnPolicyAgent(Agent):
         **settings: Fields of OnPolicyConfig, NetworkConfig and the loss, by name.
     """
 
-    method = ""
+    own_name = "loss"
     policy: Policy
     capabilities: ClassVar[frozenset[str]] = frozenset(
         ["resume", "vector", "box", "discrete", "multidiscrete", "dict_obs", "image_obs", "gpu", "compile"]
@@ -73,6 +70,7 @@ class OnPolicyAgent(Agent):
         restoring: bool = False,
         **settings: Any,
     ) -> None:
+        super().__init__()
         self.method = method or self.method
         if encoder is not None:
             # by name where it has one, so that the run can be loaded without passing it again
@@ -116,159 +114,23 @@ class OnPolicyAgent(Agent):
         )  # fmt: skip
         self.controllers = self.loss.controllers()
         self.controller_states = {k: c.initial() for k, c in self.controllers.items()}
-        self.iteration = self.steps = 0
-        self.span = (0, 0)
         self.stats: dict[str, float] = {}
-        self.best = -math.inf
-        self.episodes = 0
-        self.recent: deque[tuple[float, int]] = deque(maxlen=100)
-        self.run_dir: Path | None = None
-        self.timings = {"simulation_s": 0.0, "inference_s": 0.0, "update_s": 0.0, "rest_s": 0.0}
 
     # -- training -----------------------------------------------------------------------------
 
-    def learn(
-        self,
-        steps: int,
-        *,
-        run_dir: str | os.PathLike[str] | None = None,
-        root: str | os.PathLike[str] | None = "runs",
-        callbacks: Sequence[Any] = (),
-        progress: bool = True,
-        wandb: Mapping[str, Any] | None = None,
-        tensorboard: bool = True,
-        tags: Tags = "sb3",
-    ) -> OnPolicyAgent:
-        """Train for ``steps`` more environment steps (rounded up to whole iterations) and return the agent.
+    @property
+    def steps_bound(self) -> int:
+        """Most environment steps of one iteration."""
+        return self.feed.steps_bound
 
-        Args:
-            steps: Environment steps, counted over all environments.
-            run_dir: Folder of the run; None makes one below ``root``.
-            root: Where run folders are made; None (with no ``run_dir``) writes no files at all.
-            callbacks: Objects with any of the methods of :class:`ctrlrl.engine.hooks.Callback`.
-            progress: Show a live display.
-            wandb: Arguments of wandb.init to also log there.
-            tensorboard: Also write TensorBoard files.
-            tags: Whose names TensorBoard and wandb show: sb3, cleanrl or rsl_rl.
+    def _border(self) -> None:
+        self.feed.border(self.iteration)
 
-        Ctrl-C finishes the iteration, saves, and says how to resume; a second one stops at once.
-        """
-        if steps < 1:
-            raise ValueError(f"steps={steps} must be at least 1")
-        before = self.run_dir
-        if run_dir is not None:
-            runfolder.guard_target(run_dir)
-            if before != Path(run_dir) and (Path(run_dir) / runfolder.CONFIG).exists():
-                raise FileExistsError(
-                    f"{run_dir} holds a run already; agent.resume continues it (ctrlrl train --resume), "
-                    "another run needs another folder"
-                )
-            self.run_dir = Path(run_dir)
-            (self.run_dir / runfolder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        elif root is not None:
-            self.run_dir = runfolder.create(root, self._env_name(), self.method, self.seed)
-        else:
-            self.run_dir = None
-        self.span = (self.steps, self.steps + steps)
-        if self.run_dir != before:
-            self.best = -math.inf  # every run has a best checkpoint of its own
-        if self.run_dir is not None:
-            runfolder.write_json(self.run_dir / runfolder.CONFIG, self.document())
-            with environments.torch_threads(self.config.threads):
-                runfolder.write_json(self.run_dir / runfolder.VERSIONS, runfolder.versions())
-            self.write_checkpoint(self.run_dir, "last")
-        return self._train(callbacks, progress, wandb, tensorboard, tags, resume=False)
+    def _open(self) -> None:
+        self.collector.dump_dir = self.run_dir
 
-    def resume(
-        self,
-        run_dir: str | os.PathLike[str],
-        *,
-        callbacks: Sequence[Any] = (),
-        progress: bool = True,
-        wandb: Mapping[str, Any] | None = None,
-        tensorboard: bool = True,
-        tags: Tags = "sb3",
-    ) -> OnPolicyAgent:
-        """Continue the run in ``run_dir`` from its last checkpoint to its planned end."""
-        self.run_dir = Path(run_dir)
-        checkpoint.clean_temporaries(self.run_dir / runfolder.CHECKPOINTS)
-        self.load_checkpoint(self.run_dir, "last")
-        if self.steps >= self.span[1]:
-            return self
-        return self._train(callbacks, progress, wandb, tensorboard, tags, resume=True)
-
-    def _train(
-        self,
-        callbacks: Sequence[Any],
-        progress: bool,
-        wandb: Mapping[str, Any] | None,
-        tensorboard: bool,
-        tags: Tags,
-        resume: bool,
-    ) -> OnPolicyAgent:
-        hooks.check(callbacks)
-        if self.config.eval_every is not None and not self.can_evaluate:
-            logger.warning("No evaluations: these environments cannot be built again one by one (see Agent.evaluate).")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(environments.torch_threads(self.config.threads))
-            interrupted = stack.enter_context(hooks.interruptible())
-            log = None
-            if self.run_dir is not None:
-                step = self.steps if resume else None
-                log = RunLogger(self.run_dir, tensorboard, None if wandb is None else dict(wandb), step, tags)
-                stack.callback(log.close)
-            label = f"{self.method} {self._env_name()}"
-            bar = stack.enter_context(Progress(self.span[1], self.steps, label, enabled=progress))
-            self.collector.dump_dir = self.run_dir
-            stack.callback(self.feed.close)
-            try:
-                self._loop(log, bar, callbacks, interrupted)
-            except (NonFiniteError, NonFiniteUpdateError) as error:
-                if self.run_dir is not None:
-                    last = self.run_dir / runfolder.CHECKPOINTS / "last.safetensors"
-                    error.add_note(f"The last saved state is {last}.")
-                raise
-        return self
-
-    def _loop(
-        self,
-        log: RunLogger | None,
-        bar: Progress,
-        callbacks: Sequence[Any],
-        interrupted: Mapping[str, bool],
-    ) -> None:
-        border_every = max(10, math.ceil(self.config.checkpoint_every / self.feed.steps_bound))
-        self.stopped = False
-        first = self.iteration
-        clock = time.perf_counter()
-        while self.steps < self.span[1] and not self.stopped:
-            if self.iteration == first or self.iteration % border_every == 0:
-                self.feed.border(self.iteration)
-            before = self.steps
-            metrics = self._iterate()
-            now = time.perf_counter()
-            metrics["time/fps"] = (self.steps - before) / (now - clock)
-            clock = now
-            metrics |= self._progress_metrics()
-            bar.update(self.steps, metrics)
-            if log is not None:
-                log.log(self.steps, metrics, self.histograms)
-            self._notify(callbacks, "on_update", metrics)
-            if self._due(self.config.eval_every, before):
-                self._evaluate(log, bar, callbacks)
-                clock = time.perf_counter()
-            finished = self.steps >= self.span[1] or self.stopped
-            if self.run_dir is not None and (finished or self.iteration % border_every == 0):
-                if log is not None:
-                    log.flush()
-                path = self.write_checkpoint(self.run_dir, "last")
-                path.with_name("interrupted.safetensors").unlink(missing_ok=True)  # behind "last" by now
-                self._notify(callbacks, "on_checkpoint", path)
-                clock = time.perf_counter()
-            if interrupted["asked"] and not finished:
-                if self.run_dir is not None:
-                    self.write_checkpoint(self.run_dir, "interrupted")
-                raise hooks.Interrupted(self.run_dir, self.steps)
+    def _close(self) -> None:
+        self.feed.close()
 
     def _iterate(self) -> dict[str, float]:
         """One iteration: gather, update. Returns what to log."""
@@ -341,56 +203,26 @@ class OnPolicyAgent(Agent):
             replay.dump_update(dump, self, batch, knobs, {"quantity": name, "optimiser_step": step})
         raise NonFiniteUpdateError(name, self.steps, self.iteration, step, dump)
 
-    def _progress_metrics(self) -> dict[str, float]:
-        values: dict[str, float] = {
-            "time/iterations": self.iteration,
-            "time/total_timesteps": self.steps,
-            "time/episodes": self.episodes,
-        }
-        if self.recent:
-            values["rollout/ep_rew_mean"] = float(np.mean([r for r, _ in self.recent]))
-            values["rollout/ep_len_mean"] = float(np.mean([n for _, n in self.recent]))
-        return values
-
-    def _due(self, every: int | None, before: int) -> bool:
-        """Whether a multiple of ``every`` steps was passed since step ``before``, or the run ends here."""
-        if every is None:
-            return False
-        passed = self.steps // every > before // every
-        return (passed or self.steps >= self.span[1]) and self.can_evaluate
-
-    def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Sequence[Any]) -> None:
-        result = self.evaluate(self.config.eval_episodes)
-        bar.update(self.steps, {"eval/mean_reward": result.mean})
-        if log is not None:
-            extra = {"deterministic": True, "checkpoint": "current", "seeds": result.seeds.tolist()}
-            log.evaluation(self.steps, result.returns.tolist(), result.lengths.tolist(), extra)
-        if result.mean > self.best:
-            self.best = result.mean
-            if self.run_dir is not None:
-                self.write_checkpoint(self.run_dir, "best")
-        self._notify(callbacks, "on_evaluation", result)
-
-    def _notify(self, callbacks: Sequence[Any], hook: str, value: Any) -> None:
-        if not hooks.notify(callbacks, hook, self, value):
-            self.stopped = True
-
     # -- state --------------------------------------------------------------------------------
 
-    def document(self) -> dict[str, Any]:
-        spaces = {k: v for k, v in self.identity().items() if k.endswith("_space")}
-        env = dataclasses.asdict(self.env_spec) if self.env_spec is not None else None
-        return {
-            "format": runfolder.FORMAT,
-            "method": self.method,
-            "env": env,
-            "config": to_dict(self.config),
-            "loss": to_dict(self.loss),
-            "seed": self.seed,
-            "n_envs": self.n_envs,
-            "spaces": spaces,
-            "total_steps": self.span[1],
-        }
+    @property
+    def own(self) -> PolicyLoss:
+        """The settings of the loss."""
+        return self.loss
+
+    @classmethod
+    def blueprint(
+        cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None, policy: str = "auto"
+    ) -> tuple[OnPolicyConfig, PolicyLoss]:
+        """The defaults with which this method would train on ``env``: token sequences and groups of episodes have
+        some of their own. Without an environment, or with one that cannot be built, the loss alone decides."""
+        loss = losses.get(cls.method)
+        found = defaults("continuous", loss.needs)
+        with contextlib.suppress(Exception):  # training says what is wrong
+            if env:
+                _, actions, tokens = environments.describe(environments.resolve(env, env_kwargs=env_kwargs))
+                found = defaults(world_of(actions, tokens, policy, loss.needs), loss.needs)
+        return build(loss, {}, preset, found)
 
     def tensors(self) -> dict[str, Tensor]:
         state = self.updater.state
@@ -405,17 +237,9 @@ class OnPolicyAgent(Agent):
         }
 
     def counters(self) -> dict[str, Any]:
-        return {
-            "iteration": self.iteration,
-            "steps": self.steps,
-            "span": list(self.span),
-            "controllers": self.controller_states,
-            "stats": self.stats,
-            "best": self.best,
-            "episodes": self.episodes,
-            "recent": [list(e) for e in self.recent],
-            "feed": self.feed.counters(),
-        }
+        return super().counters() | {
+            "controllers": self.controller_states, "stats": self.stats, "feed": self.feed.counters()
+        }  # fmt: skip
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         state = self.updater.state
@@ -432,17 +256,5 @@ class OnPolicyAgent(Agent):
             v=tensors["optimizer/v"].to(self.device),
             clock=tensors["optimizer/clock"].to(self.device),
         )
-        self.iteration, self.steps = counters["iteration"], counters["steps"]
-        self.span = (counters["span"][0], counters["span"][1])
-        self.controller_states = counters["controllers"]
-        self.stats = counters["stats"]
-        self.best, self.episodes = counters["best"], counters["episodes"]
-        self.recent = deque(((e[0], int(e[1])) for e in counters["recent"]), maxlen=100)
-
-    def _source(self) -> EnvSpec | gym.Env | gym.vector.VectorEnv:
-        source = self.env_spec if self._live is None else self._live
-        assert source is not None
-        return source
-
-    def _env_name(self) -> str:
-        return self.env_spec.id if self.env_spec is not None else "live"
+        self.controller_states, self.stats = counters["controllers"], counters["stats"]
+        super().restore(tensors, counters)

@@ -67,14 +67,13 @@ class FlatParameters:
         )
 
 
-def _gradient(f: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> tuple[Tensor, Any]:
+def gradient(f: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> tuple[Tensor, Any]:
     """Gradient and auxiliary output of ``f`` at ``x``; torch.func's where the compiler needs it, autograd elsewhere."""
     if torch.compiler.is_compiling():
         return torch.func.grad(f, has_aux=True)(x)
     x = x.detach().requires_grad_()
     value, aux = f(x)
-    (gradient,) = torch.autograd.grad(value, x)
-    return gradient, aux
+    return torch.autograd.grad(value, x)[0], aux
 
 
 def make_step(
@@ -130,12 +129,12 @@ def make_step(
         count = batch.mask.sum().clamp_min(1)
         parts = [batch] if config.micro_batches == 1 else list(split(batch, config.micro_batches, loss.together(batch)))
         found = [
-            _gradient(lambda p, b=part: objective(p, b, knobs, prepared.denominator, count), state.params)
+            gradient(lambda p, b=part: objective(p, b, knobs, prepared.denominator, count), state.params)
             for part in parts
         ]
-        gradient, metrics = found[0]
+        grad, metrics = found[0]
         for more, values in found[1:]:
-            gradient = gradient + more
+            grad = grad + more
             metrics = {k: metrics[k] + v for k, v in values.items()}
         if train_policy and type(loss).grad_transform is not PolicyLoss.grad_transform:
 
@@ -144,14 +143,14 @@ def make_step(
                     value = reduce.weighted_sum(f(batch, outputs(params, batch)), prepared.weight)
                     return value / prepared.denominator, {}
 
-                return _gradient(scalar, state.params)[0]
+                return gradient(scalar, state.params)[0]
 
-            gradient = loss.grad_transform(gradient, gradient_of, knobs)
-        norm = torch.linalg.vector_norm(gradient if mine is None else torch.where(mine, gradient, 0.0))
+            grad = loss.grad_transform(grad, gradient_of, knobs)
+        norm = torch.linalg.vector_norm(grad if mine is None else torch.where(mine, grad, 0.0))
         metrics["grad_norm" if train_policy else "value_grad_norm"] = norm
         if config.max_grad_norm is not None:
-            gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        stepped = _adam(state, gradient, knobs["learning_rate"], config.adam_eps, clock, tick, mine)
+            grad = grad * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        stepped = _adam(state, grad, knobs["learning_rate"], config.adam_eps, clock, tick, mine)
         if train_policy and config.target_kl is not None and "approx_kl" in metrics:
             alive = state.alive & (metrics["approx_kl"] <= 1.5 * config.target_kl)
             kept = [torch.where(alive, new, old) for new, old in zip(stepped[:4], state[:4], strict=True)]

@@ -35,10 +35,9 @@ def show(words: list[str]) -> str:
 
 
 def _methods() -> Table:
-    table = _table("name", "paper", "presets")
-    for name in api.available("methods"):
-        loss = losses.get(name)
-        table.add_row(name, loss.paper, ", ".join(loss.presets))
+    table = _table("name", "family", "paper", "presets")
+    for name, method in sorted(api.methods().items()):
+        table.add_row(name, method.family, method.paper, ", ".join(method.presets))
     return table
 
 

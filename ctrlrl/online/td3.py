@@ -1,0 +1,90 @@
+"""TD3: twin critics, delayed deterministic policy, smoothed targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ctrlrl.data.transitions import Transitions
+from ctrlrl.engine.algorithm import Algorithm, Networks, Spaces, register
+from ctrlrl.nets.actors import DeterministicActor
+from ctrlrl.nets.q_ensemble import QEnsemble
+
+if TYPE_CHECKING:
+    from ctrlrl.engine.learner import Nets
+    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+
+
+@register
+@dataclass(frozen=True)
+class TD3(Algorithm):
+    """Deterministic policy gradient on the first of two critics, every second update."""
+
+    paper: ClassVar[str] = "Addressing Function Approximation Error in Actor-Critic Methods, arXiv:1802.09477"
+    differs: ClassVar[str] = (
+        "Noise and its bounds are in units of half the action's range, as in the released code on tasks whose actions "
+        "lie in [-1, 1]; networks of 256-256, batch 256 and learning rate 3e-4 as in that code's later versions. "
+        "10,000 random steps at first."
+    )
+
+    policy_delay: int = 2
+    """Updates of the critics for one of the policy and of the targets."""
+    exploration_noise: float = 0.1
+    """Deviation of the noise on collected actions, in half-ranges of the action."""
+    target_noise: float = 0.2
+    """Deviation of the noise on the target policy's actions."""
+    target_noise_clip: float = 0.5
+    """Largest size of that noise."""
+
+    def __post_init__(self) -> None:
+        if self.policy_delay < 1:
+            raise ValueError(f"policy_delay={self.policy_delay} must be at least 1")
+        for name in ("exploration_noise", "target_noise", "target_noise_clip"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+    @property
+    def period(self) -> int:
+        """Updates after which the pattern repeats."""
+        return self.policy_delay
+
+    def noise(self, n: int, batch_size: int, action_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        shape = (n, batch_size, action_size)
+        return {"next_action": torch.randn(shape, generator=generator, device=generator.device)}
+
+    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+        actor = DeterministicActor(
+            spaces.observation, spaces.action, config.network, encoder=encoder, exploration_noise=self.exploration_noise
+        )
+        critic = QEnsemble(spaces.observation, actor.action_shape[0], config.network, encoder)
+        return Networks(actor, {"critic": critic}, {"actor_target": "actor", "critic_target": "critic"})
+
+    def update(
+        self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor], phase: int
+    ) -> dict[str, Tensor]:
+        with torch.no_grad():
+            bound = self.target_noise_clip
+            smoothing = (self.target_noise * noise["next_action"]).clamp(-bound, bound)
+            action = (nets["actor_target"](batch.next_obs) + smoothing).clamp(-1.0, 1.0)
+            value = nets["critic_target"](batch.next_obs, action).amin(0)
+            target = batch.reward_t + knobs["gamma"] * (1.0 - batch.terminated_t) * value
+
+        def critic_loss(critic: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            q = critic(batch.obs, batch.action)
+            value = (q - target).square().mean(1).sum()
+            return value, {"critic_loss": value.detach(), "q": q.detach().mean()}
+
+        def actor_loss(actor: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            value = -nets["critic"](batch.obs, actor(batch.obs), members=1).mean()
+            return value, {"actor_loss": value.detach()}
+
+        metrics = nets.descend("critic", critic_loss)
+        if phase == self.policy_delay - 1:
+            metrics |= nets.descend("actor", actor_loss)
+            for network in ("actor", "critic"):
+                nets.track(f"{network}_target", network, knobs["tau"])
+        return metrics
