@@ -8,6 +8,10 @@ the interquartile mean over seeds (the plain mean, for three) with a 95 % bootst
 5,000 repetitions).
 
     python scripts/bench_returns.py --minutes 60 --out bench/returns
+
+With ``--off-policy``: ctrlrl's SAC, off-policy MDPO and TD3 and Stable-Baselines3's SAC and TD3 after 50,000 steps on
+Hopper and HalfCheetah, everyone with networks of 256-256, batches of 256, Adam at 3e-4 (SAC, MDPO and TD3 alike),
+10,000 random steps at first and one update per step after them; evaluation and table as above.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from pathlib import Path
 
 ENVS = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
 METHODS = ("sb3_ppo", "ppo", "spo", "bpo", "mdpo")
+OFF_POLICY = ("sb3_sac", "sac", "mdpo_off", "sb3_td3", "td3")
 EPISODES = 100
 
 
@@ -35,10 +40,12 @@ def train_ctrlrl(env: str, method: str, seed: int, steps: int) -> list[float]:
     return agent.evaluate(EPISODES, seed=10_000).returns.tolist()
 
 
-def train_sb3(env: str, seed: int, steps: int) -> list[float]:
+def train_sb3(env: str, method: str, seed: int, steps: int) -> list[float]:
+    import numpy as np
+    import stable_baselines3
     import torch
-    from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.vec_env import VecNormalize
 
     from ctrlrl.engine.environments import make_vector
@@ -47,13 +54,24 @@ def train_sb3(env: str, seed: int, steps: int) -> list[float]:
     from ctrlrl.types import EnvSpec
 
     torch.set_num_threads(1)
-    training = VecNormalize(make_vec_env(env, 1, seed=seed))
-    model = PPO("MlpPolicy", training, seed=seed, device="cpu")
+    kind = getattr(stable_baselines3, method.removeprefix("sb3_").upper())
+    training = make_vec_env(env, 1, seed=seed)
+    if method == "sb3_ppo":
+        training = VecNormalize(training)
+        model = kind("MlpPolicy", training, seed=seed, device="cpu")
+    else:
+        settings = {"learning_starts": 10_000, "learning_rate": 3e-4, "batch_size": 256, "train_freq": 1}
+        if method == "sb3_td3":  # it has no exploration noise of its own
+            size = training.action_space.shape[0]
+            settings["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, 0.1))
+        model = kind("MlpPolicy", training, policy_kwargs={"net_arch": [256, 256]}, seed=seed, device="cpu", **settings)
     model.learn(steps)
     vector = make_vector(EnvSpec(env, n_envs=10, backend="sync"), autoreset="disabled")
 
     def act(obs, _):
-        return model.predict(training.normalize_obs(obs), deterministic=True)[0]
+        if isinstance(training, VecNormalize):
+            obs = training.normalize_obs(obs)
+        return model.predict(obs, deterministic=True)[0]
 
     return evaluate(vector, act, EPISODES, derive(10_000, "evaluate")).returns.tolist()
 
@@ -64,7 +82,7 @@ def worker(args: argparse.Namespace) -> None:
     env, method, seed = args.worker
     began = time.perf_counter()
     if method.startswith("sb3"):
-        returns = train_sb3(env, int(seed), args.steps)
+        returns = train_sb3(env, method, int(seed), args.steps)
     else:
         returns = train_ctrlrl(env, method, int(seed), args.steps)
     path = shard(args, env, method, int(seed))
@@ -96,7 +114,7 @@ def table(args: argparse.Namespace) -> dict:
         if not scores:
             continue
         estimates = {m: iqm(np.array(s)[:, None], reps=5000) for m, s in scores.items()}
-        order = [m for m in METHODS if m in scores] + sorted(set(scores) - set(METHODS))
+        order = [m for m in (*METHODS, *OFF_POLICY) if m in scores] + sorted(set(scores) - {*METHODS, *OFF_POLICY})
         found[env] = {
             m: {
                 "seeds": len(scores[m]), "iqm": round(estimates[m].value, 1),
@@ -123,7 +141,7 @@ def plot(merged: dict, path: Path, steps: int) -> None:
             if row["low"] is not None:
                 axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
             axis.plot(row["iqm"], y, "o", color=color, markersize=6)
-        axis.set_yticks(range(len(rows)), ["SB3 ppo" if m == "sb3_ppo" else m for m in reversed(rows)])
+        axis.set_yticks(range(len(rows)), [m.replace("sb3_", "SB3 ") for m in reversed(rows)])
         axis.set_title(env, fontsize=10)
         axis.set_xlabel(f"return after {steps:,} steps", fontsize=9)
         axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
@@ -140,16 +158,21 @@ def bound(value: float | None) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="no new run is started after this")
-    parser.add_argument("--steps", type=int, default=300_000)
+    parser.add_argument("--off-policy", action="store_true", help="SAC, TD3 and MDPO instead of PPO and its kin")
+    parser.add_argument("--steps", type=int, default=None, help="300,000; with --off-policy 50,000")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--envs", nargs="+", default=list(ENVS))
+    parser.add_argument("--envs", nargs="+", default=None)
     about = "sb3_ppo, or a method with settings: spo,eps=0.6"
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=about)
+    parser.add_argument("--methods", nargs="+", default=None, help=about)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=Path("bench/returns"))
+    parser.add_argument("--out", type=Path, default=None, help="bench/returns; with --off-policy bench/off_policy")
     parser.add_argument("--plot", type=Path, default=None, help="also draw the table as a picture")
     parser.add_argument("--worker", nargs=3, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.steps = args.steps or (50_000 if args.off_policy else 300_000)
+    args.envs = args.envs or list(ENVS[:2] if args.off_policy else ENVS)
+    args.methods = args.methods or list(OFF_POLICY if args.off_policy else METHODS)
+    args.out = args.out or Path("bench/off_policy" if args.off_policy else "bench/returns")
     if args.worker:
         worker(args)
         return
@@ -175,7 +198,7 @@ def main() -> None:
     merged = table(args)
     shards = [json.loads(p.read_text()) for p in (args.out / f"{args.steps}").rglob("*.json")]
     document = {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "protocol": " ".join((__doc__ or "").split("\n\n")[3 if args.off_policy else 1].split()),
         "arguments": {"steps": args.steps, "seeds": args.seeds, "envs": args.envs, "methods": args.methods},
         "compiled": "ctrlrl yes, Stable-Baselines3 no",
         "versions": shards[0]["versions"] if shards else {},

@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=9, help="timed iterations per measurement, one environment")
     parser.add_argument("--out", type=Path, default=Path("bench/speed.json"))
+    parser.add_argument("--off-policy", action="store_true", help="updates of SAC and TD3 instead of PPO's steps")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--contestant", default="", help=argparse.SUPPRESS)
     parser.add_argument("--n-envs", type=int, default=1, help=argparse.SUPPRESS)
@@ -124,6 +125,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure_sb3(args) if args.contestant == "sb3" else measure_ctrlrl(args)))
+        return
+    if args.off_policy:
+        from off_policy_speed import compare
+
+        out = args.out if args.out != parser.get_default("out") else args.out.with_name("off_policy_speed.json")
+        compare(args.minutes, out, steps=1_000)
         return
     deadline = time.monotonic() + 60 * args.minutes
     cores = len(os.sched_getaffinity(0))
