@@ -145,6 +145,11 @@ class Collector:
         environments.set_params(self.env, params)
         self._history.params(params)
 
+    @property
+    def observation(self) -> Any:
+        """What the environments showed last, [N, ...]; valid until the next step."""
+        return self._obs
+
     # -- rollouts -----------------------------------------------------------------------------
 
     def collect(self, generator: torch.Generator) -> Collected:

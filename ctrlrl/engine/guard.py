@@ -85,7 +85,8 @@ class History:
 
     def params(self, params: Any) -> None:
         """Note that parameters were set before the next step."""
-        self._params.append((self.steps, params))
+        if self.folder is not None:
+            self._params.append((self.steps, params))
 
     def error(self, found: Found, storage: RolloutStorage, steps: int, rows: int) -> NonFiniteError:
         """Write the dump, if there is a folder, and return the error to raise (arguments as of :func:`first`)."""

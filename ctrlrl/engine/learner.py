@@ -66,6 +66,10 @@ class Nets:
         bias.copy_(_bias(clock, self._knobs["log_betas"]))
         return aux
 
+    def memory(self, name: str) -> list[Tensor]:
+        """What holds the parameters of ``name``, to be changed in place: one vector, or by parameters when compiled."""
+        return self._state[name]
+
     def track(self, target: str, source: str, tau: Tensor) -> None:
         """Move the copy ``target`` a part ``tau`` of the way to ``source``: Polyak averaging."""
         for slow, fast in zip(self._state[target], self._state[source], strict=True):
