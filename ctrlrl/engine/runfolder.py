@@ -39,7 +39,10 @@ CONFIG, VERSIONS = "config.json", "versions.json"
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 TENSORBOARD, CHECKPOINTS = "tb", "checkpoints"
 
-_KNOWN = {CONFIG, VERSIONS, METRICS, EVALUATIONS, TENSORBOARD, CHECKPOINTS, "wandb", "videos", "exports"}
+_KNOWN = {
+    CONFIG, VERSIONS, METRICS, EVALUATIONS, TENSORBOARD, CHECKPOINTS, "wandb", "videos", "exports", "robust.json",
+    "robust.png",
+}  # fmt: skip
 _PACKAGES = (
     "ctrlrl", "torch", "numpy", "gymnasium", "mujoco", "envpool", "safetensors", "scipy", "pandas",
     "h5py", "minari", "mujoco-playground", "mjlab", "isaaclab", "onnx", "onnxruntime", "tensorboard", "wandb",

@@ -6,16 +6,19 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
 from ctrlrl import names
 from ctrlrl.types import Backend
+
+if TYPE_CHECKING:
+    from ctrlrl.api import AgentClass
 
 VERBS = {
     "train": "train an agent: ctrlrl train bpo --env HalfCheetah-v5 --steps 1_000_000",
@@ -62,8 +65,8 @@ class Eval:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
-    episodes: int = 100
-    """Whole episodes, each from a seed of its own."""
+    episodes: int | None = None
+    """Whole episodes, each from a seed of its own; 100 by default. With --robust: in each cell, 1 by default."""
     checkpoint: str = "last"
     """last, best or interrupted."""
     stochastic: bool = False
@@ -71,7 +74,24 @@ class Eval:
     seed: int | None = None
     """Seed of the episodes; the run's own by default."""
     out: Path | None = None
-    """Also write the raw returns to this JSON file."""
+    """Also write the raw returns to this JSON file; --robust writes robust.json in the run folder by default."""
+    robust: bool = False
+    """Evaluate on a grid over the environment's uncertainty set: worst case, mean, and a picture."""
+    grid_points: int = 10
+    """With --robust: points of the grid in each dimension."""
+    grid_convention: Literal["m2td3", "rrls"] = "m2td3"
+    """With --robust: m2td3 includes the upper end of every range, rrls leaves it out."""
+    env: str | None = None
+    """With --robust: evaluate on this id, for example ctrlrl/RobustHopper-v0 for a run on Hopper-v5. It needs the same
+    spaces and gets the run's wrappers."""
+    env_kwargs: str = "{}"
+    """With --robust: arguments of --env, or added to those of the run's environment, as JSON."""
+    plot: Path | None = None
+    """With --robust: where to draw the picture; robust.png in the run folder by default."""
+
+
+ROBUST = ("grid_points", "grid_convention", "env", "env_kwargs", "plot")
+"""Fields of Eval that need --robust."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +191,7 @@ def _train(words: list[str]) -> int:
     if words[0].startswith("-"):
         return _fail("the method comes first: ctrlrl train METHOD --env ID", 2)
     cls = api.get_method(words[0])
-    run, settings = _parse_training(cls.method, words[1:])
+    run, settings = _parse_training(cls, words[1:])
     try:
         env_kwargs = json.loads(run.env_kwargs)
     except ValueError as error:
@@ -184,45 +204,11 @@ def _train(words: list[str]) -> int:
     return _finish(agent)
 
 
-def _parse_training(method: str, words: list[str]) -> tuple[Train, dict[str, Any]]:
-    """Flags of the run, the loop, the network and the loss in one flat parser, over the method's defaults."""
-    from ctrlrl.engine.config import build
-    from ctrlrl.losses import base as losses
+def _parse_training(cls: AgentClass, words: list[str]) -> tuple[Train, dict[str, Any]]:
+    """Flags of the run, the loop, the network and the method in one flat parser, over the method's defaults."""
+    from ctrlrl.engine.config import flat
 
-    preset = None
-    for i, word in enumerate(words):
-        if word == "--preset" and i + 1 < len(words):
-            preset = words[i + 1]
-        elif word.startswith("--preset="):
-            preset = word.partition("=")[2]
-    config, loss = build(losses.get(method), {}, preset, _world_defaults(losses.get(method), words))
-    flat = tyro.conf.OmitArgPrefixes
-    parser = dataclasses.make_dataclass(
-        "Training",
-        [
-            ("run", flat[Train]),
-            ("loss", flat[type(loss)], dataclasses.field(default=loss)),
-            ("loop", flat[type(config)], dataclasses.field(default=config)),
-        ],
-        frozen=True,
-    )
-    about = getattr(loss, "paper", loss.__doc__)
-    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {method}", description=about)
-    loop = {f.name: getattr(parsed.loop, f.name) for f in dataclasses.fields(parsed.loop)}
-    settings = dict(loop)
-    for group in (settings.pop("network"), settings.pop("episodes")):
-        settings |= {f.name: getattr(group, f.name) for f in dataclasses.fields(group)}
-    return parsed.run, settings | {f.name: getattr(parsed.loss, f.name) for f in dataclasses.fields(parsed.loss)}
-
-
-def _world_defaults(loss: Any, words: list[str]) -> dict[str, Any]:
-    """The defaults of the environment among ``words``: token sequences and groups of episodes have some of their own.
-
-    Without an environment, or with one that cannot be built, the loss alone decides; training says what is wrong.
-    """
-    from ctrlrl.engine import environments, world
-
-    def value(flag: str, default: str) -> str:
+    def value(flag: str, default: Any) -> Any:
         for i, word in enumerate(words):
             if word == flag and i + 1 < len(words):
                 return words[i + 1]
@@ -230,15 +216,24 @@ def _world_defaults(loss: Any, words: list[str]) -> dict[str, Any]:
                 return word.partition("=")[2]
         return default
 
-    name = value("--env", "")
-    if not name:
-        return world.defaults("continuous", loss.needs)
     try:
-        spec = environments.resolve(name, env_kwargs=json.loads(value("--env-kwargs", "{}")))
-        _, actions, tokens = environments.describe(spec)
-        return world.defaults(world.world_of(actions, tokens, value("--policy", "auto"), loss.needs), loss.needs)
-    except Exception:
-        return world.defaults("continuous", loss.needs)
+        env_kwargs = json.loads(value("--env-kwargs", "{}"))
+    except ValueError:
+        env_kwargs = {}  # said when the run begins
+    config, own = cls.blueprint(value("--preset", None), value("--env", ""), env_kwargs, value("--policy", "auto"))
+    plain = tyro.conf.OmitArgPrefixes
+    parser = dataclasses.make_dataclass(
+        "Training",
+        [
+            ("run", plain[Train]),
+            ("own", plain[type(own)], dataclasses.field(default=own)),
+            ("loop", plain[type(config)], dataclasses.field(default=config)),
+        ],
+        frozen=True,
+    )
+    about = getattr(own, "paper", own.__doc__)
+    parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {cls.method}", description=about)
+    return parsed.run, flat(parsed.loop) | flat(parsed.own)
 
 
 def _resume(options: Resume) -> int:
@@ -271,8 +266,15 @@ def _eval(words: list[str]) -> int:
     from ctrlrl.engine.runfolder import write_json
 
     options = tyro.cli(Eval, args=words, prog="ctrlrl eval")
+    if options.robust:
+        return _eval_robust(options)
+    asked = [f.name for f in dataclasses.fields(Eval) if f.name in ROBUST and getattr(options, f.name) != f.default]
+    if asked:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        return _fail(f"{flags} is for evaluations over an uncertainty set: add --robust", 2)
     agent = api.load(options.run, options.checkpoint)
-    result = agent.evaluate(options.episodes, deterministic=not options.stochastic, seed=options.seed)
+    episodes = 100 if options.episodes is None else options.episodes
+    result = agent.evaluate(episodes, deterministic=not options.stochastic, seed=options.seed)
     if options.out is not None:
         write_json(
             options.out,
@@ -289,11 +291,73 @@ def _eval(words: list[str]) -> int:
     kind = "stochastic" if options.stochastic else "deterministic"
     print(
         f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint at {agent.steps:,} steps, "
-        f"{options.episodes} {kind} episodes"
+        f"{episodes} {kind} episodes"
     )
     low, middle, high = np.quantile(result.returns, (0.0, 0.5, 1.0))
     print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")
     print(f"  lowest {low:.2f}, median {middle:.2f}, highest {high:.2f}")
+    return 0
+
+
+def _eval_robust(options: Eval) -> int:
+    from rich.console import Console
+
+    from ctrlrl import api
+    from ctrlrl.engine import runfolder
+    from ctrlrl.run import robust_figures
+
+    try:
+        env_kwargs = json.loads(options.env_kwargs)
+    except ValueError as error:
+        return _fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"friction\": 0.1}}'", 2)
+    if not isinstance(env_kwargs, dict):
+        return _fail(f"--env-kwargs is {options.env_kwargs}, expected names and values in braces", 2)
+    agent = api.load(options.run, options.checkpoint)
+    out, plot = options.out or options.run / "robust.json", options.plot or options.run / "robust.png"
+    for path in (out, plot):
+        if not path.parent.is_dir():
+            return _fail(f"{path.parent} does not exist; make it, or write {path.name} elsewhere", 1)
+    episodes, deterministic = 1 if options.episodes is None else options.episodes, not options.stochastic
+    result = agent.evaluate_robust(
+        options.grid_points,
+        episodes,
+        options.grid_convention,
+        deterministic,
+        options.seed,
+        options.env,
+        env_kwargs,
+    )
+    name = options.env or agent._env_name()
+    about = {
+        "run": options.run,
+        "checkpoint": options.checkpoint,
+        "steps": agent.steps,
+        "env": name,
+        "env_kwargs": env_kwargs,
+        "grid_convention": options.grid_convention,
+        "deterministic": deterministic,
+    }
+    runfolder.write_json(out, about | result.document())
+    plot.write_bytes(robust_figures.picture(result, f"{agent.method} on {name}"))
+    shape = " x ".join(str(len(axis)) for axis in result.axes)
+    kind = "deterministic" if deterministic else "stochastic"
+
+    def at(params: Mapping[str, float]) -> str:
+        return ", ".join(f"{key} {value:.4g}" for key, value in params.items())
+
+    print(
+        f"{agent.method} on {name}, {options.checkpoint} checkpoint at {agent.steps:,} steps, grid of {shape} "
+        f"({options.grid_convention}), {episodes} {kind} episode{'s' if episodes > 1 else ''} in each cell"
+    )
+    print(f"  worst case {result.worst:.2f} at {at(result.worst_params)}")
+    print(f"  mean {result.mean:.2f}, standard deviation over cells {result.std:.2f}")
+    print(f"  nominal {result.nominal_mean:.2f} at {at(result.nominal)}")
+    table = robust_figures.table(result)
+    if table is not None:
+        across, up = result.names
+        print(f"  across: {across}, upwards: {up}, *: worst case")
+        Console().print(table)
+    print(f"Picture: {plot}\nReturns: {out}")
     return 0
 
 
