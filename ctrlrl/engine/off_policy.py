@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import torch
@@ -23,7 +23,7 @@ from ctrlrl.engine.algorithm import Algorithm, Spaces
 from ctrlrl.engine.collected import Collected
 from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import build
-from ctrlrl.engine.errors import NonFiniteUpdateError
+from ctrlrl.engine.errors import NonFiniteError, NonFiniteUpdateError
 from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.learner import Learner
 from ctrlrl.engine.off_policy_config import OffPolicyConfig
@@ -158,6 +158,16 @@ class OffPolicyAgent(TrainedAgent):
 
     # -- training -----------------------------------------------------------------------------
 
+    def learn(self, steps: int, **options: Any) -> Self:
+        """As in TrainedAgent.
+
+        Raises:
+            ReplaySizeError: The replay does not fit, with the numbers.
+        """
+        if not self.config.memory_map:
+            self._memory()  # before a run folder is made
+        return super().learn(steps, **options)
+
     @property
     def steps_bound(self) -> int:
         """Most environment steps of one iteration."""
@@ -206,7 +216,12 @@ class OffPolicyAgent(TrainedAgent):
         while self.steps - before < self.steps_bound and not (self.interrupted["asked"] and self.steps > before):
             self.explorer.ready = self.steps >= config.learning_starts
             self._before_collection()
-            collected = self.collector.collect(acting)
+            try:
+                collected = self.collector.collect(acting)
+            except NonFiniteError as error:
+                if error.what == "action":  # more likely an update's fault: let that say so first
+                    self._averages(found)
+                raise
             self._remember(memory, collected)
             self._after_collection(collected)
             episodes += collected.episodes

@@ -108,8 +108,9 @@ class SAC(Soft):
         def actor_loss(actor: Callable[..., Any]) -> tuple[Tensor, dict[str, Tensor]]:
             policy = actor(batch.obs)
             u = policy.pre_tanh(noise["action"])
+            q = nets["critic"](batch.obs, u.tanh()).amin(0)
             logp = policy.log_prob(u)
-            value = (alpha * logp - nets["critic"](batch.obs, u.tanh()).amin(0)).mean()
+            value = (alpha * logp - q).mean()
             return value, {"actor_loss": value.detach(), "logp": logp.detach()}
 
         metrics = nets.descend("critic", critic_loss)
