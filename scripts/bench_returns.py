@@ -198,7 +198,7 @@ def main() -> None:
     merged = table(args)
     shards = [json.loads(p.read_text()) for p in (args.out / f"{args.steps}").rglob("*.json")]
     document = {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[3 if args.off_policy else 1].split()),
+        "protocol": " ".join(" ".join((__doc__ or "").split("\n\n")[1 : 4 if args.off_policy else 2 : 2]).split()),
         "arguments": {"steps": args.steps, "seeds": args.seeds, "envs": args.envs, "methods": args.methods},
         "compiled": "ctrlrl yes, Stable-Baselines3 no",
         "versions": shards[0]["versions"] if shards else {},

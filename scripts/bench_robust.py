@@ -1,8 +1,9 @@
 """Worst case over an uncertainty set after a fixed budget: SAC and TD3, nominal and randomised, and robust methods.
 
-Every method trains for the same number of steps on one ctrlrl/Robust environment, with its own defaults: a plain name
-(sac) at the nominal parameters, a name with _dr (sac_dr, td3_dr) with parameters drawn uniformly at every reset
-(randomize=True), and robust methods (iwocs, m2td3, rarl) with the set itself. The last policy then acts
+Every method trains for the same number of steps (iwocs for fewer where a worst case comes out twice) on one
+ctrlrl/Robust environment, with its own defaults: a plain name (sac) at the nominal parameters, a name with _dr
+(sac_dr, td3_dr) with parameters drawn uniformly at every reset (randomize=True), and robust methods (iwocs, m2td3,
+rarl) with the set itself. The last policy then acts (of iwocs the one whose searched worst case is best)
 deterministically on a grid over the set that includes both ends of every range (M2TD3's convention), for a few
 episodes in each cell, all cells and methods from the same reset seeds. The return of a cell is the mean over its
 episodes; the worst case of a run is its lowest cell, its average the mean over cells. The table gives the
@@ -83,9 +84,9 @@ def read(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
         by_method: dict[str, list[dict]] = {}
         for path in sorted((args.out / f"{args.steps}" / f"{env}-{args.uncertainty}").glob("*.json")):
             data = json.loads(path.read_text())
-            for key in ("points", "episodes"):
-                if data[key] != getattr(args, key):
-                    sys.exit(f"{path} has {key}={data[key]}, asked is {getattr(args, key)}; take another --out")
+            for key, asked in (("points", args.points), ("episodes", args.episodes), ("compiled", args.compile)):
+                if data[key] != asked:
+                    sys.exit(f"{path} has {key}={data[key]}, asked is {asked}; take another --out")
             by_method.setdefault(data["method"], []).append(data)
         order = [m for m in METHODS if m in by_method] + sorted(set(by_method) - set(METHODS))
         if by_method:

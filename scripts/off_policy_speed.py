@@ -76,14 +76,14 @@ def updates_sb3(method: str, threads: int):
     one = model(buffer_size=ROWS)
     one.set_logger(configure(None, []))
     obs, action, reward, following = random_rows(np.random.default_rng(0), ROWS)
-    for i in range(20_000):
+    for i in range(ROWS):
         one.replay_buffer.add(obs[i : i + 1], following[i : i + 1], action[i : i + 1], reward[i : i + 1], [False], [{}])
 
     def train(k):
         fresh = model(buffer_size=ROWS, learning_starts=256)
         fresh.learn(512)
         began = time.perf_counter()
-        fresh.learn(k)
+        fresh.learn(k, reset_num_timesteps=False)  # or its first steps would be random and without updates again
         return k / (time.perf_counter() - began)
 
     return lambda k: one.train(gradient_steps=k, batch_size=256), train

@@ -59,7 +59,7 @@ class Agent:
             observation: Raw observation, array or dict of arrays, with or without a leading batch dimension.
             state: Recurrent state; passed through, these policies have none.
             episode_start: Ignored without recurrent state.
-            deterministic: The mode of the distribution, or a sample.
+            deterministic: The mode of the distribution, or a sample; a deterministic policy (TD3) has only the one.
 
         Raises:
             ValueError: The observation does not fit the observation space.
@@ -147,7 +147,7 @@ class Agent:
     def _act(self, obs: Obs, noise: torch.Generator | None) -> np.ndarray:
         """The environment's actions [N, ...] at ``obs``: sampled with ``noise``, the mode without."""
         with torch.inference_mode():
-            if noise is None:
+            if noise is None or not getattr(self.policy, "stochastic", True):
                 action = self.policy.deterministic(obs)
             else:
                 count = (next(iter(obs.values())) if isinstance(obs, dict) else obs).shape[0]

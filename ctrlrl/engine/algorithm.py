@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ctrlrl import names as spelling
 from ctrlrl.data.transitions import Transitions
+from ctrlrl.types import check_types
 
 if TYPE_CHECKING:
     from ctrlrl.engine.learner import Learner, Nets
@@ -101,19 +102,27 @@ class Algorithm(ABC):
             phase: Number of this update modulo :attr:`period`.
         """
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @property
     def period(self) -> int:
         """Updates after which the pattern of what is updated repeats."""
         return 1
 
-    def noise(self, n: int, batch_size: int, action_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Standard normal noise of ``n`` updates, each tensor [n, B, A] on the generator's device."""
+    def noise(
+        self, n: int, batch_size: int, action_size: int, generator: torch.Generator, params: int = 0
+    ) -> dict[str, Tensor]:
+        """Standard normal noise of ``n`` updates, each tensor [n, B, A] on the generator's device.
+
+        ``params`` is the number of parameters of the environment, for methods that set them.
+        """
         shape = (n, batch_size, action_size)
         return {k: torch.randn(shape, generator=generator, device=generator.device) for k in ("action", "next_action")}
 
     def learning_rate(self, network: str, config: OffPolicyConfig) -> float:
         """Learning rate of a trained network."""
-        critic = network != "actor" and config.critic_learning_rate is not None
+        critic = network not in ("actor", "temperature") and config.critic_learning_rate is not None
         return float(config.critic_learning_rate) if critic else config.learning_rate  # type: ignore[arg-type]
 
     def after_steps(self, learner: Learner, before: int, after: int) -> None:  # noqa: B027 - optional

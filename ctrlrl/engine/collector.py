@@ -146,6 +146,11 @@ class Collector:
         self._history.params(params)
 
     @property
+    def live(self) -> gym.vector.VectorEnv | None:
+        """The user's own environment, where it was given one."""
+        return self._live
+
+    @property
     def observation(self) -> Any:
         """What the environments showed last, [N, ...]; valid until the next step."""
         return self._obs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -122,8 +123,8 @@ class RunConfig:
     def _at_least_zero(self, names: str) -> None:
         for name in names.split():
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"{name}={value} must not be negative")
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{name}={value} must not be negative, nor infinite")
 
     def _fractions(self, names: str) -> None:
         for name in names.split():
@@ -267,17 +268,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-    """The inverse of :func:`to_dict`, for flat dataclasses and those with ``network`` and ``episodes``."""
-    known = field_names(cls)
+    """The inverse of :func:`to_dict`."""
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}: written by another version of ctrlrl?")
-    values = dict(data)
-    if isinstance(values.get("network"), Mapping):
-        network = dict(values["network"])
-        for name in ("actor_hidden", "critic_hidden"):
-            network[name] = tuple(network[name])
-        values["network"] = NetworkConfig(**network)
-    if isinstance(values.get("episodes"), Mapping):
-        values["episodes"] = EpisodesConfig(**values["episodes"])
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        inner = known[name].default_factory
+        if isinstance(inner, type) and isinstance(value, Mapping):
+            values[name] = from_dict(inner, value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)

@@ -35,7 +35,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class NonFiniteUpdateError(FloatingPointError):
-    """A loss or a gradient became NaN or infinite; the parameters from before the update were kept.
+    """A loss or a gradient became NaN or infinite.
 
     Attributes:
         what: The metric: ``"loss"``, ``"grad_norm"``, ``"value_loss"``, ...
@@ -43,14 +43,20 @@ class NonFiniteUpdateError(FloatingPointError):
         iteration: Iteration of the run.
         optimiser_step: Optimiser step within the iteration.
         dump: File with which ``ctrlrl.engine.replay.replay_update`` repeats the update, or None.
+        kept: Whether the agent has the parameters from before the update; otherwise its own are spoilt.
     """
 
-    def __init__(self, what: str, step: int, iteration: int, optimiser_step: int, dump: Path | None = None) -> None:
+    def __init__(
+        self, what: str, step: int, iteration: int, optimiser_step: int, dump: Path | None = None,
+        kept: bool = True,
+    ) -> None:  # fmt: skip
         self.what, self.step, self.dump = what, step, dump
         self.iteration, self.optimiser_step = iteration, optimiser_step
         seen = f" The update is in {dump} (ctrlrl.engine.replay.replay_update repeats it)." if dump else ""
+        self.kept = kept
+        parameters = "the parameters before it were kept" if kept else "this agent's parameters are spoilt, load others"
         super().__init__(
             f"non-finite {what} at optimiser step {optimiser_step} of iteration {iteration}, after {step:,} "
-            "environment steps; the parameters before it were kept. A lower learning rate or gradient clipping may "
+            f"environment steps; {parameters}. A lower learning rate or gradient clipping may "
             f"help.{seen}"
         )

@@ -9,16 +9,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import torch
 from torch import Tensor
 
-from ctrlrl.data.transitions import TransitionReplay
+from ctrlrl.data.transitions import ReplaySizeError, TransitionReplay
 from ctrlrl.engine import algorithm as algorithms
 from ctrlrl.engine import devices, environments, replay_files, runfolder
-from ctrlrl.engine.agent import load_module
 from ctrlrl.engine.algorithm import Algorithm, Spaces
 from ctrlrl.engine.collected import Collected
 from ctrlrl.engine.collector import Collector
@@ -119,7 +118,8 @@ class OffPolicyAgent(TrainedAgent):
         self.n_envs = environments.width(resolved)
         config, self.algorithm = build(algorithms.get(self.method), settings, preset, loop=OffPolicyConfig)
         self.device = devices.resolve(config.device)
-        spaces = Spaces(self.observation_space, self.action_space, self._count_params())
+        self.n_params = self._count_params()
+        spaces = Spaces(self.observation_space, self.action_space, self.n_params)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "network"))
             actor, trained, copies = self.algorithm.networks(spaces, config, encoder)
@@ -128,7 +128,7 @@ class OffPolicyAgent(TrainedAgent):
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         compile = self.config.compile
         if compile and not compiler_available(self.device):
-            logger.warning("--compile needs a C++ compiler (g++ or clang++) and none was found: running eager.")
+            logger.warning("--compile needs a compiler (g++ or clang++; on a GPU Triton): none found, running eager.")
             compile = False
         self.learner = Learner(self.algorithm, modules, copies, self.config, self.device, compile)
         self.policy = actor  # type: ignore[assignment]
@@ -138,6 +138,9 @@ class OffPolicyAgent(TrainedAgent):
         )
         self.replay: TransitionReplay | None = None
         self.segments: list[dict[str, Any]] = []
+        """Files of the replay that the next checkpoint names."""
+        self._kept: dict[Path, list[dict[str, Any]]] = {}
+        self._stored_in: Path | None = None
         self.debt = 0.0
         """Updates that are due but were not yet whole."""
 
@@ -158,28 +161,26 @@ class OffPolicyAgent(TrainedAgent):
 
     # -- training -----------------------------------------------------------------------------
 
-    def learn(self, steps: int, **options: Any) -> Self:
-        """As in TrainedAgent.
-
-        Raises:
-            ReplaySizeError: The replay does not fit, with the numbers.
-        """
-        if not self.config.memory_map:
-            self._memory()  # before a run folder is made
-        return super().learn(steps, **options)
-
     @property
     def steps_bound(self) -> int:
-        """Most environment steps of one iteration."""
+        """Environment steps of one iteration; where environments spend steps on resetting, a few more."""
         round_steps = self.config.collect_steps * self.n_envs
         return math.ceil(self.config.iteration_steps / round_steps) * round_steps
 
     def _border(self) -> None:
         self.collector.border(derive(self.seed, "border"), self.iteration)
 
+    def _prepare(self) -> None:
+        if not self.config.memory_map:  # which needs the run's folder
+            self._memory()
+
     def _open(self) -> None:
         self.collector.dump_dir = self.run_dir
-        self._memory()
+        if len(self._memory()) == 0 and self.span[1] - self.steps <= self.config.learning_starts:
+            logger.warning(
+                "No update will be made: the run's %s steps are not more than learning_starts=%s.",
+                f"{self.span[1] - self.steps:,}", f"{self.config.learning_starts:,}",
+            )  # fmt: skip
 
     def _close(self) -> None:
         if self.collector.env is not None and self._live is None:
@@ -190,12 +191,16 @@ class OffPolicyAgent(TrainedAgent):
         if self.replay is None:
             # the files there have no name; a temporary folder is often in memory itself
             folder = (self.run_dir or Path(tempfile.gettempdir())) if self.config.memory_map else None
-            self.replay = TransitionReplay(
-                self.observation_space, self.policy.action_shape, torch.float32, self.config.replay_size, self.device,
-                extras=self._extras(), folder=folder,
-            )  # fmt: skip
-            if self.segments and self._saved_in is not None:
-                replay_files.restore(self.replay, self._saved_in / runfolder.CHECKPOINTS, self.segments)
+            try:
+                self.replay = TransitionReplay(
+                    self.observation_space, self.policy.action_shape, torch.float32, self.config.replay_size,
+                    self.device, extras=self._extras(), folder=folder,
+                )  # fmt: skip
+            except ReplaySizeError as error:
+                error.add_note("The settings are replay_size (--replay-size) and memory_map (--memory-map).")
+                raise
+            if self._stored_in is not None and self._kept.get(self._stored_in):
+                replay_files.restore(self.replay, self._stored_in / runfolder.CHECKPOINTS, self._kept[self._stored_in])
         return self.replay
 
     def _extras(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -213,7 +218,8 @@ class OffPolicyAgent(TrainedAgent):
         found: dict[str, list[Tensor]] = {}
         episodes: list[tuple[float, int]] = []
         simulation = 0.0
-        while self.steps - before < self.steps_bound and not (self.interrupted["asked"] and self.steps > before):
+        self.cut = False
+        while self.steps - before < self.steps_bound and not self.cut:
             self.explorer.ready = self.steps >= config.learning_starts
             self._before_collection()
             try:
@@ -222,23 +228,25 @@ class OffPolicyAgent(TrainedAgent):
                 if error.what == "action":  # more likely an update's fault: let that say so first
                     self._averages(found)
                 raise
+            rows = memory.added
             self._remember(memory, collected)
             self._after_collection(collected)
             episodes += collected.episodes
             simulation += collected.simulation_s
-            previous = self.steps
-            self.steps += int(collected.valid_t.sum())
-            if self.steps < config.learning_starts or len(memory) == 0:
-                continue
-            started = time.perf_counter()
-            self.algorithm.after_steps(self.learner, max(previous, config.learning_starts), self.steps)
-            self.debt += config.replay_ratio * (self.steps - max(previous, config.learning_starts))
-            self._update(memory, drawing, found)
-            updating += time.perf_counter() - started
-        self.iteration += 1
+            self.steps += memory.added - rows
+            # a replay that begins empty later on (from "best") is filled first, too
+            due = memory.added - max(rows, config.learning_starts)
+            if due >= 0 and memory.added > rows:
+                started = time.perf_counter()
+                self.algorithm.after_steps(self.learner, self.steps - due, self.steps)
+                self.debt += config.replay_ratio * due
+                self._update(memory, drawing, found)
+                updating += time.perf_counter() - started
+            self.cut = self.interrupted["asked"] and self.steps - before < self.steps_bound
         self.episodes += len(episodes)
         self.recent.extend(episodes)
         metrics = self._averages(found)
+        self.iteration += 1
         whole = time.perf_counter() - began
         for name, seconds in {
             "simulation_s": simulation, "update_s": updating, "inference_s": whole - simulation - updating
@@ -276,7 +284,7 @@ class OffPolicyAgent(TrainedAgent):
             due = int(self.debt)
             count = config.updates_per_graph if due >= config.updates_per_graph else 1
             index = memory.draw(count, size, drawing)
-            noise = self.algorithm.noise(count, size, self.policy.action_shape[0], drawing)
+            noise = self.algorithm.noise(count, size, self.policy.action_shape[0], drawing, self.n_params)
             for name, values in self.learner.run(memory.sample(index.flatten()), noise, count).items():
                 found.setdefault(name, []).append(values)
             self.debt -= count
@@ -288,10 +296,14 @@ class OffPolicyAgent(TrainedAgent):
         series = {k: torch.cat(v) for k, v in found.items()}
         means = dict(zip(series, torch.stack([v.mean() for v in series.values()]).tolist(), strict=True))
         if not all(math.isfinite(v) for v in means.values()):
-            first = {k: int((~v.isfinite()).nonzero()[0]) for k, v in series.items() if not v.isfinite().all()}
-            # the earliest update, not the first name: after it everything is NaN
+            # the earliest update, not the first name: after it everything is NaN. Some are logged at every k-th only
+            updates = max(len(v) for v in series.values())
+            first = {
+                k: (int((~v.isfinite()).nonzero()[0]) + 1) * updates // len(v) - 1
+                for k, v in series.items() if not v.isfinite().all()
+            }  # fmt: skip
             name, update = min(first.items(), key=lambda item: item[1])
-            raise NonFiniteUpdateError(name, self.steps, self.iteration, update, None)
+            raise NonFiniteUpdateError(name, self.steps, self.iteration, update, kept=False)
         return means | {"n_updates": float(self.learner.updates)}
 
     # -- state --------------------------------------------------------------------------------
@@ -312,26 +324,27 @@ class OffPolicyAgent(TrainedAgent):
                 return super().write_checkpoint(folder, name)
             finally:
                 self.segments = kept
-        if self.segments:
+        if self._stored_in is not None and self._kept.get(self._stored_in):
             self._memory()
-        if folder != self._saved_in:
-            self.segments, self._saved_in = [], folder  # another run's files stay with it
-        checkpoints = folder / runfolder.CHECKPOINTS
+        checkpoints, self.segments = folder / runfolder.CHECKPOINTS, self._kept.get(folder, [])
         if self.replay is not None:
-            self.segments = replay_files.save(self.replay, checkpoints, self.segments)
+            self.segments = self._kept[folder] = replay_files.save(self.replay, checkpoints, self.segments)
         path = super().write_checkpoint(folder, name)
         replay_files.clean(checkpoints, self.segments)
         return path
 
-    _saved_in: Path | None = None
-
     def load_checkpoint(self, folder: Any, name: str = "last") -> None:
         """As in Agent. The replay is read when training goes on; "best" and "interrupted" have none."""
         super().load_checkpoint(folder, name)
-        self.replay, self._saved_in = None, Path(folder)
+        self.replay, self._kept, self._stored_in = None, {Path(folder): self.segments}, Path(folder)
+
+    def _drop_replay(self) -> None:
+        """Begin with an empty replay at the next step; no checkpoint names the old one any more."""
+        if self.replay is not None:
+            self.replay.close()
+        self.replay, self.segments, self._kept, self._stored_in = None, [], {}, None
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        load_module(self.policy, tensors, "policy/")
         mine = {k.removeprefix("learner/"): v for k, v in tensors.items() if k.startswith("learner/")}
         actor = {f"actor/net/{k.removeprefix('policy/')}": v for k, v in tensors.items() if k.startswith("policy/")}
         self.learner.restore(mine | actor, counters["updates"])

@@ -19,7 +19,8 @@ class OffPolicyConfig(RunConfig):
     batch_size: int = 256
     """Transitions per update."""
     learning_starts: int = 10_000
-    """Environment steps of uniformly random actions before the first update."""
+    """Environment steps of uniformly random actions before the first update, and transitions that the replay must
+    hold: training on from a checkpoint without replay acts for as long before it updates."""
     collect_steps: int = 1
     """Steps per environment between updates."""
     replay_ratio: float = 1.0
@@ -27,7 +28,7 @@ class OffPolicyConfig(RunConfig):
     learning_rate: float = 3e-4
     """Adam's learning rate."""
     critic_learning_rate: float | None = None
-    """Adam's learning rate for the critics; None is the same."""
+    """Adam's learning rate for the critics and what else is learned of the environment; None is the same."""
     gamma: float = 0.99
     """Discount per environment step."""
     tau: float = 0.005
@@ -39,7 +40,8 @@ class OffPolicyConfig(RunConfig):
     network: QNetworkConfig = field(default_factory=QNetworkConfig)
     """Shape of the networks."""
     iteration_steps: int = 1_000
-    """Environment steps per line of the log; checkpoints and evaluations fall on its multiples."""
+    """Environment steps per line of the log, rounded up to whole rounds; checkpoints and evaluations fall between two
+    of these iterations."""
     updates_per_graph: int = 1
     """Updates unrolled into one compiled graph or CUDA graph, where that many are due at once."""
 

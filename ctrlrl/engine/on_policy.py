@@ -120,7 +120,7 @@ class OnPolicyAgent(TrainedAgent):
 
     @property
     def steps_bound(self) -> int:
-        """Most environment steps of one iteration."""
+        """Environment steps of one iteration."""
         return self.feed.steps_bound
 
     def _border(self) -> None:

@@ -236,5 +236,3 @@ def run_cells(
         waiting += int(fresh.sum())
     return returns.reshape(len(cells), each), lengths.reshape(len(cells), each)
 
-
-_run = run_cells

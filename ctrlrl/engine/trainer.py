@@ -27,6 +27,9 @@ from ctrlrl.types import EnvSpec
 
 logger = logging.getLogger("ctrlrl")
 
+_FREE = frozenset(["device", "threads", "compile", "cudagraphs", "encoder", "eval_every", "eval_episodes"])
+"""Settings with which a run may be resumed that are not its own."""
+
 
 class TrainedAgent(Agent):
     """An agent that learns in iterations; subclasses say what an iteration is.
@@ -39,6 +42,8 @@ class TrainedAgent(Agent):
         episodes: Training episodes that ended.
         recent: Return and length of the last 100 of them.
         run_dir: Folder of the run; None writes no files.
+        interrupted: "asked" is true once Ctrl-C was pressed.
+        cut: The last iteration ended early because of it: nothing of it may become a checkpoint to resume from.
         histograms: What the last iteration found beside numbers, for TensorBoard.
     """
 
@@ -58,6 +63,7 @@ class TrainedAgent(Agent):
         self.run_dir: Path | None = None
         self.histograms: Mapping[str, Histogram] = {}
         self.interrupted: Mapping[str, bool] = {"asked": False}
+        self.cut = False
         self.timings = {"simulation_s": 0.0, "inference_s": 0.0, "update_s": 0.0, "rest_s": 0.0}
 
     # -- what a method adds -------------------------------------------------------------------
@@ -65,7 +71,7 @@ class TrainedAgent(Agent):
     @property
     @abstractmethod
     def steps_bound(self) -> int:
-        """Most environment steps of one iteration."""
+        """Environment steps of one iteration; where environments spend steps on resetting, a few more."""
 
     @abstractmethod
     def _iterate(self) -> dict[str, float]:
@@ -74,6 +80,9 @@ class TrainedAgent(Agent):
     @abstractmethod
     def _border(self) -> None:
         """Create the environments afresh, from the run's seed and the iteration."""
+
+    def _prepare(self) -> None:
+        """Refuse what cannot be trained, before a run folder is made."""
 
     def _open(self) -> None:
         """Training begins."""
@@ -107,10 +116,13 @@ class TrainedAgent(Agent):
             tensorboard: Also write TensorBoard files.
             tags: Whose names TensorBoard and wandb show: sb3, cleanrl or rsl_rl.
 
-        Ctrl-C finishes the iteration, saves, and says how to resume; a second one stops at once.
+        Ctrl-C saves after the iteration (off-policy: after the step), and says how to resume; a second one stops at
+        once. A callback that asks to stop ends the run where it stands, which need not be a border: what is trained
+        from there begins with fresh environments.
         """
         if steps < 1:
             raise ValueError(f"steps={steps} must be at least 1")
+        self._prepare()
         before = self.run_dir
         if run_dir is not None:
             runfolder.guard_target(run_dir)
@@ -145,13 +157,33 @@ class TrainedAgent(Agent):
         tensorboard: bool = True,
         tags: Tags = "sb3",
     ) -> Self:
-        """Continue the run in ``run_dir`` from its last checkpoint to its planned end."""
+        """Continue the run in ``run_dir`` from its last checkpoint to its planned end.
+
+        Raises:
+            ValueError: This agent has another seed, number of environments or other settings than the run.
+        """
+        self._compare(run_dir)
         self.run_dir = Path(run_dir)
         checkpoint.clean_temporaries(self.run_dir / runfolder.CHECKPOINTS)
         self.load_checkpoint(self.run_dir, "last")
         if self.steps >= self.span[1]:
             return self
         return self._train(callbacks, progress, wandb, tensorboard, tags, resume=True)
+
+    def _compare(self, run_dir: str | os.PathLike[str]) -> None:
+        theirs, mine = runfolder.read_config(run_dir), runfolder.plain(self.document())
+
+        def differing(a: Any, b: Any, name: str) -> list[str]:
+            if isinstance(a, dict) and isinstance(b, dict):
+                return [d for k in sorted({*a, *b} - _FREE) for d in differing(a.get(k), b.get(k), k)]
+            return [] if a == b else [f"{name}={b!r} (the run has {a!r})"]
+
+        found = [d for k in ("seed", "n_envs", "config", self.own_name) for d in differing(theirs.get(k), mine[k], k)]
+        if found:
+            raise ValueError(
+                f"this agent is not that of {run_dir}: {', '.join(found)}. ctrlrl.load(folder).resume(folder), or "
+                "ctrlrl train --resume on the command line, goes on as it was begun"
+            )
 
     def _train(
         self,
@@ -209,11 +241,12 @@ class TrainedAgent(Agent):
             if log is not None:
                 log.log(self.steps, metrics, self.histograms)
             self._notify(callbacks, "on_update", metrics)
-            if self._due(self.config.eval_every, before):
+            if not self.cut and self._due(self.config.eval_every, before):
                 self._evaluate(log, bar, callbacks)
                 clock = time.perf_counter()
             finished = self.steps >= self.span[1] or self.stopped
-            if self.run_dir is not None and (finished or self.iteration % border_every == 0):
+            at_border = self.iteration % border_every == 0 and not self.cut
+            if self.run_dir is not None and (finished or at_border):
                 if log is not None:
                     log.flush()
                 path = self.write_checkpoint(self.run_dir, "last")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, TypeAlias, get_args
@@ -126,6 +126,33 @@ def of(env: str | EnvSpec | environments.Live) -> UncertaintySet:
             "environment (env=, --env) whose parameters can be set, for example ctrlrl/RobustHopper-v0"
         )
     return _from_space(attribute("parameter_space"), attribute("nominal"), name)
+
+
+def keeper(env: gym.vector.VectorEnv | None) -> Callable[[], None]:
+    """What gives a live environment its present parameters back (and its ``randomize``), when it is called.
+
+    Members that do not show their parameters (``params``) get the nominal ones.
+    """
+    undo: list[Callable[[], None]] = []
+    for member in getattr(env, "envs", []):
+
+        def give_back(member: gym.Env = member, attributes: Mapping[str, Any] = _shown(member)) -> None:
+            member.get_wrapper_attr("set_params")(attributes["params"])
+            if "randomize" in attributes:
+                member.set_wrapper_attr("randomize", attributes["randomize"])
+
+        undo.append(give_back)
+
+    def all_back() -> None:
+        for one in undo:
+            one()
+
+    return all_back
+
+
+def _shown(member: gym.Env) -> dict[str, Any]:
+    shown = {k: member.get_wrapper_attr(k) for k in ("params", "randomize") if member.has_wrapper_attr(k)}
+    return {"params": member.get_wrapper_attr("nominal")} | shown
 
 
 def _from_space(space: Any, nominal: Mapping[str, float], name: str) -> UncertaintySet:

@@ -40,6 +40,8 @@ class QNetworkConfig:
         check_types(self)
         if self.n_critics < 1:
             raise ValueError(f"n_critics={self.n_critics} must be at least 1")
+        if self.image_features < 1:
+            raise ValueError(f"image_features={self.image_features} must be at least 1")
 
 
 class Features(nn.Module):
@@ -99,6 +101,8 @@ class BoxActor(nn.Module):
     low: Tensor
     high: Tensor
     action_dtype = torch.float32
+    stochastic = True
+    """Whether the policy is a distribution; otherwise noise belongs to collecting data alone."""
 
     def __init__(
         self,
@@ -152,18 +156,6 @@ class BoxActor(nn.Module):
         scaled = torch.clamp(torch.addcmul(self.middle, action, self.scale), self.low, self.high)
         return scaled if len(self.env_shape) == 1 else scaled.reshape(*action.shape[:-1], *self.env_shape)
 
-    def sampler(self) -> Callable[[Obs, Tensor], tuple[Tensor, Tensor]]:
-        """``act`` and ``to_env`` in one call."""
-
-        def sample(obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
-            action = self.act(obs, noise)
-            return action, self.to_env(obs, action)
-
-        return sample
-
-    def update_normalizer(self, obs: Obs, valid: Tensor) -> None:
-        """Observations are used as they come."""
-
 
 class SquashedGaussianActor(BoxActor):
     """Mean and log-deviation from one body; ``log_std`` is cut to [-20, 2] as in SAC's code."""
@@ -187,6 +179,8 @@ class SquashedGaussianActor(BoxActor):
 
 class DeterministicActor(BoxActor):
     """tanh of a linear layer; explores with Gaussian noise of a fixed size, cut at the bounds."""
+
+    stochastic = False
 
     def __init__(self, *spaces: Any, exploration_noise: float = 0.1, **options: Any) -> None:
         super().__init__(*spaces, **options)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.data.transitions import Transitions
-from ctrlrl.engine import environments, uncertainty
-from ctrlrl.engine.algorithm import Spaces
+from ctrlrl.engine import uncertainty
 from ctrlrl.engine.collected import Collected
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.learner import Learner
@@ -56,17 +55,15 @@ class Adversarial(TD3):
     def ended(self, learner: Learner, episodes: Sequence[tuple[float, int]]) -> None:
         """Called with the return and length of episodes that ended, and at borders with the latest ones again."""
 
-    def noise(self, n: int, batch_size: int, action_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def noise(
+        self, n: int, batch_size: int, action_size: int, generator: torch.Generator, params: int = 0
+    ) -> dict[str, Tensor]:
         """Standard normal noise for the targets' actions [n, B, A] and parameters [n, B, d]."""
-        sizes = {"next_action": action_size, "next_params": self._dims}  # type: ignore[attr-defined]
+        sizes = {"next_action": action_size, "next_params": params}
         return {
             k: torch.randn((n, batch_size, size), generator=generator, device=generator.device)
             for k, size in sizes.items()
         }
-
-    def _note(self, spaces: Spaces) -> None:
-        """Keep the number of parameters, as :meth:`noise` is told the size of an action alone."""
-        object.__setattr__(self, "_dims", spaces.params)
 
     def learning_rate(self, network: str, config: OffPolicyConfig) -> float:
         """The critics' for networks with "critic" in their name, the actor's for all others."""
@@ -182,7 +179,10 @@ class AdversarialAgent(OffPolicyAgent):
     def _named(self, scaled: Tensor) -> list[dict[str, float]]:
         return self.parameters.from_unit((scaled.double().numpy() + 1.0) / 2.0)
 
+    def _open(self) -> None:
+        super()._open()
+        self._give_back = uncertainty.keeper(self.collector.live)
+
     def _close(self) -> None:
-        if self._live is not None and self.collector.env is not None:
-            environments.set_params(self.collector.env, self.parameters.nominal)  # as its owner gave it
+        self._give_back()
         super()._close()

@@ -69,10 +69,11 @@ class M2TD3(Adversarial):
     differs: ClassVar[str] = (
         "Follows the released code: candidates are logits, each with an Adam of its own, restarts come at the start of "
         "an episode. Distances between candidates are in shares of each parameter's range, not in its unit (0.1 there "
-        "is about 0.03 here for most published sets). A cut episode is no end of the task; noise is drawn for "
-        "each action dimension, where the released code shares one number; start states are not the same in every "
-        "episode. 10,000 random steps at first, the preset published has 100,000. SoftM2TD3 is soft=True "
-        "(presets soft, published_soft), where the noise on the parameters falls over the first half of the run."
+        "is about 0.03 here for most published sets); the critic sees them in half-ranges, there in their units. A cut "
+        "episode is no end of the task; noise is drawn for each action dimension, where the released code shares one "
+        "number; start states are not the same in every episode. max_grad_norm does not apply to the candidates. "
+        "10,000 random steps at first, the preset published has 100,000. SoftM2TD3 is soft=True (presets soft, "
+        "published_soft), where the noise on the parameters falls over the first half of the run."
     )
     loop_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 100}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -118,7 +119,6 @@ class M2TD3(Adversarial):
             spaces.observation, spaces.action, config.network, encoder=encoder, exploration_noise=self.exploration_noise
         )
         critic = QEnsemble(spaces.observation, actor.action_shape[0] + spaces.params, config.network, encoder)
-        self._note(spaces)
         trained = {"critic": critic, "candidates": Candidates(self.candidates, spaces.params)}
         return Networks(actor, trained, {"actor_target": "actor", "critic_target": "critic"})
 

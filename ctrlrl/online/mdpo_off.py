@@ -62,7 +62,7 @@ class MDPOOff(Soft):
     """Coefficient of the policy's entropy (lambda); None learns it so that the entropy meets the target."""
     kl_coef: float | None = 1.0
     """Weight of the distance to the old policy, one over the step size of mirror descent (c = 1/t); None is the
-    entropy's own coefficient, with which the update is SAC's."""
+    entropy's own coefficient, with which the policy's objective is SAC's but for penalties and floor."""
     proximity: Literal["reverse", "forward"] = "reverse"
     """KL(new || old), which is mirror descent, or KL(old || new), as exploratory conservative policy optimisation."""
     tsallis_q: float = 1.0
@@ -95,11 +95,10 @@ class MDPOOff(Soft):
             raise ValueError(f"refresh_steps={self.refresh_steps} must be at least 1")
         if self.probability_floor is not None and not 0.0 < self.probability_floor < 1.0:
             raise ValueError(f"probability_floor={self.probability_floor} must lie in (0, 1)")
-        for name, choices in (("proximity", ("reverse", "forward")), ("actor_critic", ("first", "min"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(choices)}")
         if self.proximity == "forward" and self.tsallis_q != 1.0:
             raise ValueError("proximity='forward' is defined here for tsallis_q=1 only")
+        if self.kl_coef is None and self.proximity == "forward":
+            raise ValueError("kl_coef=None is SAC's update, without a proximity; proximity='forward' has no part in it")
         if self.kl_coef is None and self.tsallis_q != 1.0:
             raise ValueError("kl_coef=None is SAC's update, which is defined for tsallis_q=1 only")
 

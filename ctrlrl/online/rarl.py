@@ -64,7 +64,6 @@ class RARL(Adversarial):
             QEnsemble(spaces.observation, player.action_shape[0], config.network, encoder)
             for player in (actor, adversary)
         )
-        self._note(spaces)
         trained = {"critic": critic, "adversary": adversary, "adversary_critic": adversary_critic}
         return Networks(actor, trained, {f"{name}_target": name for name in ("actor", *trained)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,6 +44,9 @@ class Soft(Algorithm):
     action dimensions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_entropy is not None and not math.isfinite(self.target_entropy):
+            raise ValueError(f"target_entropy={self.target_entropy} must be finite")
         if self.entropy_temp is not None and not self.entropy_temp >= 0.0:
             raise ValueError(f"entropy_temp={self.entropy_temp} must not be negative")
         if not self.entropy_temp_init > 0.0:
@@ -54,7 +58,7 @@ class Soft(Algorithm):
 
     def alpha(self, nets: Nets, like: Tensor) -> Tensor:
         """The coefficient as it stands, a scalar of the type and device of ``like``."""
-        return nets["temperature"]().exp() if self.entropy_temp is None else like.new_tensor(self.entropy_temp)
+        return nets["temperature"]().exp() if self.entropy_temp is None else like.new_full((), self.entropy_temp)
 
     def adapt(self, nets: Nets, logp: Tensor, dims: int) -> dict[str, Tensor]:
         """One step of a learned coefficient on -log(alpha) (logp + target).

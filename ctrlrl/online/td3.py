@@ -41,6 +41,7 @@ class TD3(Algorithm):
     """Largest size of that noise."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.policy_delay < 1:
             raise ValueError(f"policy_delay={self.policy_delay} must be at least 1")
         for name in ("exploration_noise", "target_noise", "target_noise_clip"):
@@ -52,7 +53,9 @@ class TD3(Algorithm):
         """Updates after which the pattern repeats."""
         return self.policy_delay
 
-    def noise(self, n: int, batch_size: int, action_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def noise(
+        self, n: int, batch_size: int, action_size: int, generator: torch.Generator, params: int = 0
+    ) -> dict[str, Tensor]:
         shape = (n, batch_size, action_size)
         return {"next_action": torch.randn(shape, generator=generator, device=generator.device)}
 

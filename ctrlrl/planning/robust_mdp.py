@@ -22,8 +22,8 @@ class RobustMDP(ABC):
 
     An agent chooses a policy, then the worst model of the set is drawn against it, once and for all ("static").
     A set is (s,a)-rectangular when every combination of its rows is a member; only there does the static worst case
-    equal the one against an adversary who chooses anew at each step (Iyengar 2005), and only there is the best worst
-    case min_T V*_T (Wiesemann et al. 2013).
+    always equal the one against an adversary who chooses anew at each step (Iyengar 2005), and the best worst case
+    always min_T V*_T (Wiesemann et al. 2013).
     """
 
     states: int

@@ -157,7 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ctrlrl.engine.hooks import Interrupted
 
     # ArithmeticError: what became NaN, and where; TypeError: an environment that does not know an argument
-    expected = (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError, ArithmeticError, gym.error.Error)
+    # MemoryError: a replay that would not fit
+    expected = (
+        ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError,
+        gym.error.Error,
+    )  # fmt: skip
     try:
         return {"train": _train, "eval": _eval, "play": _play, "report": _report, "list": _list}[verb](rest)
     except Interrupted as stop:

@@ -74,8 +74,6 @@ def test_the_gaussian_acts_by_its_noise_and_deploys_its_mode():
         torch.testing.assert_close(actor.mode(obs), torch.tanh(dist.mean))
         torch.testing.assert_close(actor.act(obs, torch.zeros(9, 2)), actor.mode(obs))
         assert torch.equal(actor.deterministic(obs), actor.to_env(obs, actor.mode(obs)))
-        action, sent = actor.sampler()(obs, noise)
-        assert torch.equal(action, actor.act(obs, noise)) and torch.equal(sent, actor.to_env(obs, action))
 
 
 def test_noise_is_standard_normal_and_comes_from_the_generator():

@@ -45,7 +45,7 @@ def update(learner, reward=0.0, terminated=1.0):
     batch = Transitions(
         one, 0.1 * one, torch.full((4,), reward), torch.full((4,), terminated), one, {"params": torch.full((4, 2), 0.2)}
     )
-    noise = learner.algorithm.noise(1, 4, 1, torch.Generator().manual_seed(0))
+    noise = learner.algorithm.noise(1, 4, 1, torch.Generator().manual_seed(0), 1)
     return {k: float(v[0]) for k, v in learner.run(batch, noise, 1).items()}
 
 

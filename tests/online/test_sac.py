@@ -54,7 +54,7 @@ class PlainSAC:
         self.fixed, self.target_entropy = alpha, target_entropy
         self.log_alpha = torch.zeros((), requires_grad=True)
         self.optimisers = [adam(self.actor, lr=RATE), adam(*self.critics, lr=critic_rate)]
-        self.temperature = adam(self.log_alpha, lr=critic_rate)
+        self.temperature = adam(self.log_alpha, lr=RATE)
 
     def update(self, batch, action_noise, next_noise):
         alpha = self.log_alpha.exp().item() if self.fixed is None else self.fixed

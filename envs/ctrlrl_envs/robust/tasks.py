@@ -113,7 +113,9 @@ class RobustHumanoidStandup(RobustEnv, HumanoidStandupEnv):
     ====================  =========  ================================================  ========
 
     "force": ``torso_force_x``, ``torso_force_y``, and the same of ``right_thigh`` and ``left_foot``, in [-3, 3] N.
-    Forces that are applied are part of ``cfrc_ext``, so the observation holds them.
+    Forces that are applied are part of ``cfrc_ext``, so the observation holds them; and its part ``cinert`` holds the
+    masses themselves, so that a policy sees the physics it is in. Gymnasium's argument
+    ``include_cinert_in_observation=False`` hides them.
 
     Args:
         uncertainty: See :class:`RobustEnv`, as the other arguments.
