@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ EVALUATION_SEED = 10_000
 
 def parse(method: str) -> tuple[str, bool, dict]:
     """Registered name, whether the parameters are randomised, and settings of ``name_dr,setting=JSON,...``."""
-    name, *settings = method.split(",")
+    name, *settings = re.split(r",(?![^\[]*\])", method)  # not at the commas of a list
     chosen = {k: json.loads(v) for k, v in (setting.split("=", 1) for setting in settings)}
     return name.removesuffix("_dr"), name.endswith("_dr"), chosen
 

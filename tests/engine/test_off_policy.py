@@ -322,13 +322,14 @@ def stopping(folder, at, **settings):
     return agent.learn(8 * 24, run_dir=folder, progress=False, tensorboard=False)
 
 
-def test_ctrl_c_within_an_iteration_saves_it_and_resuming_goes_on_from_the_border(tmp_path):
+@pytest.mark.parametrize("at,border", [(8 * 13 + 5, 80), (8 * 9 + 3, 0)], ids=["between borders", "just before one"])
+def test_ctrl_c_within_an_iteration_saves_it_and_resuming_goes_on_from_the_border(at, border, tmp_path):
     whole = stopping(tmp_path / "whole", None)
     with pytest.raises(hooks.Interrupted):
-        stopping(tmp_path / "run", 8 * 13 + 5)
+        stopping(tmp_path / "run", at)
     run = tmp_path / "run"
     interrupted, last = api.load(run, "interrupted"), api.load(run)
-    assert interrupted.steps == 8 * 13 + 5 and last.steps == 80, "the iteration was not left at once"
+    assert interrupted.steps == at and last.steps == border, "the iteration was not left at once"
     assert not same(interrupted.tensors(), last.tensors())
     resumed = last.resume(run, progress=False, tensorboard=False)
     assert same(resumed.tensors(), whole.tensors()) and resumed.counters() == whole.counters()
@@ -360,9 +361,24 @@ def test_the_best_checkpoint_acts_but_has_no_replay(run):
     obs = np.zeros((4, 3), np.float32)
     assert best.predict(obs, deterministic=True)[0].shape == (4, 1)
     assert len(best.evaluate(2).returns) == 2 and best.replay is None
-    # training on starts with an empty one
+    # training on starts with an empty one, which is filled before anything is learnt from it
+    before, updates = {k: v.clone() for k, v in best.tensors().items()}, best.learner.updates
+    quiet(best, 7)
+    assert best.replay.added == 8 and best.learner.updates == updates and same(best.tensors(), before)
     quiet(best, 8)
-    assert best.replay.added == 8
+    assert best.learner.updates == updates + 8
+
+
+def test_a_run_is_resumed_only_by_an_agent_of_its_settings(run):
+    folder, _ = run
+    for wrong, name in (({"seed": 1}, "seed=1"), ({"gamma": 0.5}, r"gamma=0\.5"), ({"n_envs": 3}, "n_envs=3")):
+        with pytest.raises(ValueError, match=f"{name}.*the run has"):
+            make(**{"n_envs": 2, "eval_every": 32, "eval_episodes": 2, "checkpoint_every": 1} | wrong).resume(folder)
+
+
+def test_a_run_too_short_to_learn_anything_says_so(caplog):
+    quiet(make(learning_starts=40), 40)
+    assert "No update will be made: the run's 40 steps" in caplog.text
 
 
 def test_an_agent_that_only_acts_does_not_read_the_replay(run):
