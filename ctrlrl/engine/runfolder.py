@@ -8,7 +8,7 @@
         metrics.jsonl        one line per log: step, time_s, tag: value
         evaluations.jsonl    one line per evaluation: step, time_s, returns, lengths (raw, one per episode)
         tb/                  TensorBoard
-        checkpoints/         last.safetensors, best.safetensors
+        checkpoints/         last.safetensors, best.safetensors; off-policy the replay, replay-*.safetensors
 """
 
 from __future__ import annotations
