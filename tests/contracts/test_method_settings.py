@@ -21,7 +21,7 @@ from ctrlrl.engine.errors import CheckpointError
 from ctrlrl.losses import base as losses
 from ctrlrl.losses.base import PolicyLoss
 
-EVERY = pytest.mark.parametrize("name", api.available())
+EVERY = pytest.mark.parametrize("name", losses.names())
 
 
 class Unbounded(Noisy):
