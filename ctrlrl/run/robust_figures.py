@@ -65,7 +65,8 @@ def comparison(rows: Mapping[str, Mapping[str, RobustEvaluation]]) -> bytes:
                 _line(axes, result)
             else:
                 shown.append((axes, _heat(axes, result, limits)))
-            axes.set_title("  ".join(filter(None, (task, method, axes.get_title()))), fontsize=9, color=_INK)
+            name = method.partition(",")[0]  # settings that follow it would not fit
+            axes.set_title("  ".join(filter(None, (task, name, axes.get_title()))), fontsize=9, color=_INK)
         if shown:
             _colour_bar(figure, shown[-1][1], [axes for axes, _ in shown])
     return _png(figure)
