@@ -310,7 +310,7 @@ class IWOCSAgent(OffPolicyAgent):
             "stopped": None,
         }
         row["stopped"] = self._reason(row, len(models))
-        if row["stopped"] in ("repeated", "gap"):
+        if row["stopped"] in ("repeated", "gap") and self.steps < self.span[1]:
             logger.warning(
                 "Training ends %s steps early: the worst case found, %s with return %.4g, %s.",
                 f"{self.span[1] - self.steps:,}", worst, found.value,
