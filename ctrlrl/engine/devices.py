@@ -23,8 +23,15 @@ def resolve(name: str) -> torch.device:
     return device
 
 
-def threads(policy: nn.Module) -> int:
+LARGE_BATCH, LARGE_BATCH_NETWORK, ENOUGH = 128, 100_000, 4
+"""With batches of at least so many rows, several threads pay from so many parameters on, up to so many threads."""
+
+
+def threads(policy: nn.Module, batch_size: int = 1) -> int:
     """Torch threads for ``policy`` on the CPU: one for a small network without convolutions, else all cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    small = sum(p.numel() for p in policy.parameters()) < SMALL_NETWORK
+    size = sum(p.numel() for p in policy.parameters())
+    if batch_size >= LARGE_BATCH and LARGE_BATCH_NETWORK <= size < SMALL_NETWORK:
+        return min(cores, ENOUGH)
+    small = size < SMALL_NETWORK
     return 1 if small and not any(isinstance(m, nn.Conv2d) for m in policy.modules()) else cores

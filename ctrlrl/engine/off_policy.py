@@ -124,7 +124,7 @@ class OffPolicyAgent(TrainedAgent):
             torch.manual_seed(derive(self.seed, "network"))
             actor, trained, copies = self.algorithm.networks(spaces, config, encoder)
         modules = {"actor": actor, **trained}
-        threads = config.threads or max(devices.threads(module) for module in modules.values())
+        threads = config.threads or max(devices.threads(m, config.batch_size) for m in modules.values())
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         compile = self.config.compile
         if compile and not compiler_available(self.device):
