@@ -5,8 +5,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from helpers.agents import assert_same_tensors
-from helpers.envs import env_id
-from online.dials import DIALS, TINY, Dials, quiet, rows
+from online.dials import DIALS, TINY, quiet, rows
 from torch import nn
 
 import ctrlrl
@@ -257,18 +256,6 @@ def test_the_warm_up_draws_uniformly_and_candidates_come_after_it():
     assert {tuple(p) for p in late.tolist()} <= known
 
 
-def test_evaluations_run_the_environment_as_it_is():
-    agent = quiet(make(), 60)
-    result = agent.evaluate(5)
-    assert result.returns.tolist() == (20.0 * result.lengths).tolist()
-
-
-def test_a_live_environment_is_left_as_it_was():
-    env = Dials()
-    agent = quiet(make(env), 40)
-    assert env.now == {"tilt": 0.0, "gain": 20.0} and rows(agent)[0]["reward"].max() <= 10.0
-
-
 class Killed(Exception):
     pass
 
@@ -309,28 +296,10 @@ def test_training_twice_on_processes_of_their_own(tmp_path):
 # -- what is refused ------------------------------------------------------------------------------
 
 
-def test_environments_without_parameters_are_refused_with_one_that_has_them():
-    for method in ("m2td3", "rarl"):
-        with pytest.raises(ValueError, match=r"Pendulum-v1.*parameter_space.*ctrlrl/RobustHopper-v0"):
-            api.make(method, "Pendulum-v1", **TINY)
-
-
-def test_parameters_must_be_scalars_with_bounds():
-    with pytest.raises(ValueError, match="expected a gymnasium Dict of scalar Boxes"):
-        make(env_id("ParametricToy"))
-
-
-def test_a_live_vector_environment_that_cannot_be_set_one_by_one_is_refused():
-    from gymnasium.vector import SyncVectorEnv
-
-    with pytest.raises(ValueError, match="SyncVectorEnv does not offer"):
-        make(SyncVectorEnv([Dials, Dials]))
-
-
 @pytest.mark.parametrize(
     "settings",
     [
-        {"collect_steps": 2}, {"candidates": 0}, {"restart_probability": 0.2}, {"restart_distance": -0.1},
+        {"candidates": 0}, {"restart_probability": 0.2}, {"restart_distance": -0.1},
         {"parameter_noise": -1.0}, {"policy_delay": 0},
     ],
 )  # fmt: skip

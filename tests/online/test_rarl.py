@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.agents import assert_same_tensors
-from online.dials import DIALS, SADDLE, TINY, Dials, quiet, rows
+from online.dials import DIALS, SADDLE, TINY, quiet, rows
 from torch import nn
 
 from ctrlrl import api
@@ -138,20 +138,6 @@ def test_the_means_of_the_parameters_are_logged(tmp_path):
     logged = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
     for name, values in params.items():
         assert logged[f"params/{name}"] == pytest.approx(float(values.mean()), rel=1e-5)
-
-
-def test_evaluations_know_nothing_of_the_adversary():
-    """The reward is the gain: 20 by nature, at most 10 in the set."""
-    agent = quiet(make(), 60)
-    result = agent.evaluate(5)
-    assert result.returns.tolist() == (20.0 * result.lengths).tolist()
-    assert agent.predict(np.zeros(3, np.float32), deterministic=True)[0].shape == (1,)
-
-
-def test_a_live_environment_is_left_as_it_was():
-    env = Dials()
-    quiet(make(env), 40)
-    assert env.now == {"tilt": 0.0, "gain": 20.0}
 
 
 def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path):
