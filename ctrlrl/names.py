@@ -1,11 +1,16 @@
-"""Names that people type: loading what they point to, and suggesting what was meant."""
+"""Names that people type: loading what they point to, registering it, and suggesting what was meant."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
+import pkgutil
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+C = TypeVar("C", bound=type)
+B = TypeVar("B")
 
 
 def load(path: str, what: str) -> Any:
@@ -25,3 +30,67 @@ def hint(name: str, known: Iterable[str]) -> str:
     """`` Did you mean ...?`` with the up to three nearest of ``known``, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.45)
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+class Registry(Generic[B]):
+    """Classes by the name of the file that defines them, and the user's own by ``package.module:Class``.
+
+    Args:
+        what: One of them, in words: "loss".
+        base: What they derive from.
+        package: Whose modules are imported to find them all.
+        skip: Modules of it that define none.
+    """
+
+    def __init__(self, what: str, base: type[B], package: str, skip: frozenset[str] = frozenset()) -> None:
+        self.what, self.base, self.package, self.skip = what, base, package, skip
+        self._found: dict[str, type[B]] = {}
+
+    def enter(self, cls: C) -> C:
+        """Class decorator: enter ``cls`` under its file's name, and tell it. Two of one name are an error."""
+        name = cls.__module__.rsplit(".", 1)[-1]
+        if name in self._found and self._found[name].__module__ != cls.__module__:
+            taken = self._found[name].__module__
+            raise ValueError(f"a {self.what} named {name!r} is registered already, by {taken}")
+        cls.name = name  # type: ignore[attr-defined]
+        self._found[name] = cls  # type: ignore[assignment]
+        return cls
+
+    def names(self) -> list[str]:
+        """Keys of all of this package, sorted."""
+        for info in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+            if info.name not in self.skip:
+                importlib.import_module(f"{self.package}.{info.name}")
+        return sorted(self._found)
+
+    def get(self, name: str) -> type[B]:
+        """The class called ``name``; ``package.module:Class`` loads the user's own.
+
+        Raises:
+            KeyError: Unknown, with the nearest names; or not a dataclass deriving from the registry's base.
+        """
+        if ":" in name:
+            return self._load(name)
+        known = self.names()
+        if name not in self._found:
+            raise KeyError(f"no {self.what} named {name!r}.{hint(name, known)} Known: {', '.join(known)}")
+        return self._found[name]
+
+    def holds(self, name: str) -> bool:
+        """Whether :meth:`get` would find ``name``."""
+        try:
+            self.get(name)
+        except KeyError:
+            return False
+        return True
+
+    def _load(self, path: str) -> type[B]:
+        try:
+            cls = load(path, self.what)
+        except ValueError as error:
+            raise KeyError(str(error)) from error
+        if not (isinstance(cls, type) and issubclass(cls, self.base) and dataclasses.is_dataclass(cls)):
+            raise KeyError(f"{path!r} is not a dataclass deriving from {self.base.__module__}.{self.base.__qualname__}")
+        if "name" not in cls.__dict__:
+            cls.name = path  # type: ignore[attr-defined]
+        return cls

@@ -12,20 +12,17 @@ A method is a frozen dataclass: its fields are hyper-parameters, :meth:`Algorith
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from ctrlrl import names as spelling
 from ctrlrl.data.transitions import Transitions
+from ctrlrl.names import Registry
 from ctrlrl.types import check_types
 
 if TYPE_CHECKING:
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
     from ctrlrl.engine.off_policy import OffPolicyAgent
     from ctrlrl.engine.off_policy_config import OffPolicyConfig
 
-PACKAGE = "ctrlrl.online"
-"""Where the methods of this project live."""
 
 
 class Networks(NamedTuple):
@@ -134,51 +129,5 @@ class Algorithm(ABC):
         return False
 
 
-A = TypeVar("A", bound=type[Algorithm])
-_REGISTRY: dict[str, type[Algorithm]] = {}
-
-
-def register(cls: A) -> A:
-    """Class decorator: enter a method under its file's name. Two methods of one name are an error."""
-    name = cls.__module__.rsplit(".", 1)[-1]
-    if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
-        raise ValueError(f"a method named {name!r} is registered already, by {_REGISTRY[name].__module__}")
-    cls.name = name
-    _REGISTRY[name] = cls
-    return cls
-
-
-def names() -> list[str]:
-    """Keys of all off-policy methods of this package, sorted."""
-    package = importlib.import_module(PACKAGE)
-    for info in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{PACKAGE}.{info.name}")
-    return sorted(_REGISTRY)
-
-
-def get(name: str) -> type[Algorithm]:
-    """The method called ``name``; ``package.module:Class`` loads the user's own.
-
-    Raises:
-        KeyError: Unknown, with the nearest names.
-    """
-    if ":" in name:
-        if not is_one(name):
-            raise KeyError(f"{name!r} is not a dataclass deriving from ctrlrl.engine.algorithm.Algorithm")
-        cls = spelling.load(name, "method")
-        if "name" not in cls.__dict__:
-            cls.name = name
-        return cls
-    known = names()
-    if name not in _REGISTRY:
-        raise KeyError(f"no method named {name!r}.{spelling.hint(name, known)} Known: {', '.join(known)}")
-    return _REGISTRY[name]
-
-
-def is_one(path: str) -> bool:
-    """Whether ``package.module:Class`` can be imported and is an off-policy method."""
-    try:
-        cls = spelling.load(path, "method")
-    except ValueError:
-        return False
-    return isinstance(cls, type) and issubclass(cls, Algorithm) and dataclasses.is_dataclass(cls)
+_REGISTRY = Registry("method", Algorithm, "ctrlrl.online")
+register, names, get, is_one = _REGISTRY.enter, _REGISTRY.names, _REGISTRY.get, _REGISTRY.holds

@@ -23,12 +23,10 @@ from ctrlrl.engine.collected import Collected
 from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import build
 from ctrlrl.engine.errors import NonFiniteError, NonFiniteUpdateError
-from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.learner import Learner
 from ctrlrl.engine.off_policy_config import OffPolicyConfig
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.trainer import TrainedAgent
-from ctrlrl.nets.actor_critic import encoder_path
 from ctrlrl.nets.actors import BoxActor
 from ctrlrl.types import Backend, EnvSpec, Obs
 
@@ -106,16 +104,11 @@ class OffPolicyAgent(TrainedAgent):
     ) -> None:
         super().__init__()
         self.method = method or self.method
-        if encoder is not None:
-            # by name where it has one, so that the run can be loaded without passing it again
-            settings["encoder"] = encoder if isinstance(encoder, str) else encoder_path(encoder)
-            encoder = None if settings["encoder"] is not None else encoder
+        encoder = self._name_encoder(encoder, settings)
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
         self.observation_space, self.action_space, _ = environments.describe(resolved)
-        self._live = None if isinstance(resolved, EnvSpec) else resolved
-        self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
-        self.n_envs = environments.width(resolved)
+        self._use(resolved)
         config, self.algorithm = build(algorithms.get(self.method), settings, preset, loop=OffPolicyConfig)
         self.device = devices.resolve(config.device)
         self.n_params = self._count_params()
@@ -126,11 +119,7 @@ class OffPolicyAgent(TrainedAgent):
         modules = {"actor": actor, **trained}
         threads = config.threads or max(devices.threads(m, config.batch_size) for m in modules.values())
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
-        compile = self.config.compile
-        if compile and not compiler_available(self.device):
-            logger.warning("--compile needs a compiler (g++ or clang++; on a GPU Triton): none found, running eager.")
-            compile = False
-        self.learner = Learner(self.algorithm, modules, copies, self.config, self.device, compile)
+        self.learner = Learner(self.algorithm, modules, copies, self.config, self.device, self._compiles())
         self.policy = actor  # type: ignore[assignment]
         self.explorer = Explorer(self.policy, self.algorithm.deterministic_collection)
         self.collector = Collector(

@@ -19,14 +19,12 @@ from ctrlrl.engine.agent import load_module
 from ctrlrl.engine.config import OnPolicyConfig, build
 from ctrlrl.engine.errors import CheckpointError, NonFiniteUpdateError
 from ctrlrl.engine.feeds import make_feed, make_reference
-from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.engine.update import Updater
 from ctrlrl.engine.world import Policy, build_policy, check_world, defaults, whole_episodes, world_of
 from ctrlrl.losses import base as losses
 from ctrlrl.losses.base import PolicyLoss
-from ctrlrl.nets.actor_critic import encoder_path
 from ctrlrl.nets.normalizer import RewardNormalizer
 from ctrlrl.types import Backend, EnvSpec, SequenceBatch
 
@@ -72,10 +70,7 @@ class OnPolicyAgent(TrainedAgent):
     ) -> None:
         super().__init__()
         self.method = method or self.method
-        if encoder is not None:
-            # by name where it has one, so that the run can be loaded without passing it again
-            settings["encoder"] = encoder if isinstance(encoder, str) else encoder_path(encoder)
-            encoder = None if settings["encoder"] is not None else encoder
+        encoder = self._name_encoder(encoder, settings)
         loss_type = losses.get(self.method)
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
@@ -87,11 +82,9 @@ class OnPolicyAgent(TrainedAgent):
         if episodes and isinstance(resolved, EnvSpec) and asked == "auto":
             # EnvPool cannot start episodes from given seeds
             resolved = environments.resolve(dataclasses.replace(resolved, backend="sync"))
-        self._live = None if isinstance(resolved, EnvSpec) else resolved
-        self.env_spec = resolved if isinstance(resolved, EnvSpec) else environments.spec_of(resolved)
+        self._use(resolved)
         config, self.loss = build(loss_type, settings, preset, defaults(self.world, loss_type.needs))
         check_world(self.loss, self.world, self.action_space, config)
-        self.n_envs = self.env_spec.n_envs if self._live is None and self.env_spec else environments.width(resolved)
         self.device = devices.resolve(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "network"))
@@ -102,11 +95,7 @@ class OnPolicyAgent(TrainedAgent):
         threads = config.threads or devices.threads(self.policy)
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         self.reward_normalizer = RewardNormalizer(self.n_envs, config.gamma, config.clip_reward).to(self.device)
-        compile = self.config.compile
-        if compile and not compiler_available(self.device):
-            logger.warning("--compile needs a C++ compiler (g++ or clang++) and none was found: running eager.")
-            compile = False
-        self.updater = Updater(self.policy, self.loss, self.config, compile)
+        self.updater = Updater(self.policy, self.loss, self.config, self._compiles())
         self.reference = make_reference(self.policy, self.loss, self.config, restoring)
         self.collector, self.feed = make_feed(
             self._source(), self.tokens, self.world, self.policy, self.reference, self.loss, self.config,

@@ -22,7 +22,9 @@ from ctrlrl.engine import checkpoint, environments, hooks, runfolder
 from ctrlrl.engine.agent import Agent
 from ctrlrl.engine.config import to_dict
 from ctrlrl.engine.errors import NonFiniteError, NonFiniteUpdateError
+from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.log import Histogram, Progress, RunLogger, Tags
+from ctrlrl.nets.actor_critic import encoder_path
 from ctrlrl.types import EnvSpec
 
 logger = logging.getLogger("ctrlrl")
@@ -65,6 +67,29 @@ class TrainedAgent(Agent):
         self.interrupted: Mapping[str, bool] = {"asked": False}
         self.cut = False
         self.timings = {"simulation_s": 0.0, "inference_s": 0.0, "update_s": 0.0, "rest_s": 0.0}
+
+    # -- what every constructor does ----------------------------------------------------------
+
+    def _name_encoder(self, encoder: Any, settings: dict[str, Any]) -> Any:
+        """Put the user's encoder into ``settings`` by name where it has one, so that the run can be loaded without
+        passing it again. Returns what is left to pass on: a class without a name, or None."""
+        if encoder is None:
+            return None
+        settings["encoder"] = encoder if isinstance(encoder, str) else encoder_path(encoder)
+        return encoder if settings["encoder"] is None else None
+
+    def _use(self, env: EnvSpec | gym.Env | gym.vector.VectorEnv) -> None:
+        """Take note of what the environments are built from."""
+        self._live = None if isinstance(env, EnvSpec) else env
+        self.env_spec = env if isinstance(env, EnvSpec) else environments.spec_of(env)
+        self.n_envs = environments.width(env)
+
+    def _compiles(self) -> bool:
+        """Whether the update is compiled: as asked, where there is a compiler."""
+        if self.config.compile and not compiler_available(self.device):
+            logger.warning("--compile needs a compiler (g++ or clang++; on a GPU Triton): none found, running eager.")
+            return False
+        return self.config.compile
 
     # -- what a method adds -------------------------------------------------------------------
 

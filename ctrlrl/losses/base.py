@@ -16,11 +16,9 @@ File name = registry key. Nothing outside this folder compares a loss's name.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,12 +28,11 @@ from ctrlrl.core import gate, ratio, reduce
 from ctrlrl.core.control import Controller
 from ctrlrl.core.select import Selector
 from ctrlrl.losses.needs import Need, Slot
-from ctrlrl.names import hint, load
+from ctrlrl.names import Registry
 from ctrlrl.types import PolicyOutput, SequenceBatch, check_types
 
 Knobs: TypeAlias = Mapping[str, Tensor]
 Memory: TypeAlias = dict[str, Tensor]
-L = TypeVar("L", bound="type[PolicyLoss]")
 
 
 class Start(NamedTuple):
@@ -211,51 +208,5 @@ def standardised(batch: SequenceBatch) -> Tensor:
 
 # -- registry -------------------------------------------------------------------------------------
 
-NOT_LOSSES = frozenset({"base", "needs", "group"})
-"""Modules of this folder that hold no variant."""
-_REGISTRY: dict[str, type[PolicyLoss]] = {}
-
-
-def register(cls: L) -> L:
-    """Class decorator: enter a loss under its file's name. Two losses of one name are an error."""
-    name = cls.__module__.rsplit(".", 1)[-1]
-    if name in _REGISTRY and _REGISTRY[name].__module__ != cls.__module__:
-        raise ValueError(f"a loss named {name!r} is registered already, by {_REGISTRY[name].__module__}")
-    cls.name = name
-    _REGISTRY[name] = cls
-    return cls
-
-
-def names() -> list[str]:
-    """Keys of all losses of this package, sorted."""
-    import ctrlrl.losses as package
-
-    for info in pkgutil.iter_modules(package.__path__):
-        if info.name not in NOT_LOSSES:
-            importlib.import_module(f"{package.__name__}.{info.name}")
-    return sorted(_REGISTRY)
-
-
-def get(name: str) -> type[PolicyLoss]:
-    """The loss called ``name``; ``package.module:Class`` loads the user's own.
-
-    Raises ``KeyError`` naming the nearest known names.
-    """
-    if ":" in name:
-        return _load(name)
-    known = names()
-    if name not in _REGISTRY:
-        raise KeyError(f"no loss named {name!r}.{hint(name, known)} Known: {', '.join(known)}")
-    return _REGISTRY[name]
-
-
-def _load(path: str) -> type[PolicyLoss]:
-    try:
-        cls = load(path, "loss")
-    except ValueError as error:
-        raise KeyError(str(error)) from error
-    if not (isinstance(cls, type) and issubclass(cls, PolicyLoss) and dataclasses.is_dataclass(cls)):
-        raise KeyError(f"{path!r} is not a dataclass deriving from ctrlrl.losses.base.PolicyLoss")
-    if "name" not in cls.__dict__:
-        cls.name = path
-    return cls
+_REGISTRY = Registry("loss", PolicyLoss, "ctrlrl.losses", skip=frozenset({"base", "needs", "group"}))
+register, names, get = _REGISTRY.enter, _REGISTRY.names, _REGISTRY.get
