@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ctrlrl.api import load as load
     from ctrlrl.api import make as make
     from ctrlrl.engine.off_policy import OffPolicyAgent
+    from ctrlrl.engine.offline import OfflineAgent
     from ctrlrl.engine.on_policy import OnPolicyAgent
     from ctrlrl.run.report import report as report
     from ctrlrl.types import EnvSpec as EnvSpec
@@ -155,6 +156,8 @@ if TYPE_CHECKING:
     class SAC(OffPolicyAgent): ...
 
     class TD3(OffPolicyAgent): ...
+
+    class TD3BC(OfflineAgent): ...
 
 
 _LAZY = {

@@ -12,15 +12,16 @@ import torch
 from ctrlrl import names
 from ctrlrl.engine import algorithm as algorithms
 from ctrlrl.engine import runfolder
-from ctrlrl.engine.algorithm import Algorithm
+from ctrlrl.engine.algorithm import OfflineAlgorithm
 from ctrlrl.engine.off_policy import OffPolicyAgent
+from ctrlrl.engine.offline import OfflineAgent
 from ctrlrl.engine.on_policy import OnPolicyAgent
 from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.engine.world import capabilities
 from ctrlrl.losses import base as losses
 from ctrlrl.types import EnvSpec
 
-AgentClass: TypeAlias = type[OnPolicyAgent] | type[OffPolicyAgent]
+AgentClass: TypeAlias = type[OnPolicyAgent] | type[OffPolicyAgent] | type[OfflineAgent]
 
 
 class Method(NamedTuple):
@@ -36,7 +37,7 @@ class Method(NamedTuple):
 
 @functools.cache
 def agent_classes() -> dict[str, AgentClass]:
-    """Agent classes by class name (PPO, SAC, ...), one for each loss and each off-policy method."""
+    """Agent classes by class name (PPO, SAC, IQL, ...), one for each loss, off-policy and offline method."""
     classes: dict[str, AgentClass] = {}
     for name in losses.names():
         loss = losses.get(name)
@@ -45,23 +46,25 @@ def agent_classes() -> dict[str, AgentClass]:
         classes[loss.__name__] = type(loss.__name__, (OnPolicyAgent,), members)
     for name in algorithms.names():
         algorithm = algorithms.get(name)
-        classes[algorithm.__name__] = _off_policy_class(name, algorithm)
+        classes[algorithm.__name__] = _transition_class(name, algorithm.agent_class())
     return classes
 
 
-def _off_policy_class(name: str, algorithm: type[Algorithm]) -> AgentClass:
-    document = f"Off-policy agent with the {name} update. {algorithm.__doc__}\n\nPaper: {algorithm.paper}"
+def _transition_class(name: str, kind: type[Any]) -> Any:
+    algorithm = algorithms.get(name)
+    family = "Offline" if issubclass(kind, OfflineAgent) else "Off-policy"
+    document = f"{family} agent with the {name} update. {algorithm.__doc__}\n\nPaper: {algorithm.paper}"
     members = {"method": name, "__doc__": document, "capabilities": algorithm.capabilities}
-    return type(algorithm.__name__, (algorithm.agent_class(),), members)
+    return type(algorithm.__name__, (kind,), members)
 
 
 def methods() -> dict[str, Method]:
     """All trainable methods by name."""
     found = {}
     for cls in agent_classes().values():
-        off_policy = issubclass(cls, OffPolicyAgent)
-        own = algorithms.get(cls.method) if off_policy else losses.get(cls.method)
-        family = "off-policy" if off_policy else "on-policy"
+        on_policy = issubclass(cls, OnPolicyAgent)
+        own = losses.get(cls.method) if on_policy else algorithms.get(cls.method)
+        family = "on-policy" if on_policy else "offline" if issubclass(cls, OfflineAgent) else "off-policy"
         found[cls.method] = Method(cls.method, family, own.paper, cls.capabilities, tuple(own.presets), cls)
     return found
 
@@ -77,15 +80,21 @@ def available(kind: str = "methods") -> list[str]:
     raise ValueError(f"nothing is listed under {kind!r}; expected methods, losses or envs")
 
 
-def get_method(name: str) -> AgentClass:
-    """The agent class of ``name``, or of the user's own loss or off-policy method ``package.module:Class``.
+def get_method(name: str, online: bool = False) -> AgentClass:
+    """The agent class of ``name``, or of the user's own loss or method ``package.module:Class``.
+
+    Args:
+        name: A name from ``available("methods")``, or a path.
+        online: Of an offline method, the class that goes on with it in an environment (see ``start_from``).
 
     Raises:
         KeyError: Unknown, with the nearest names.
     """
+    if online and algorithms.is_one(name) and issubclass(algorithms.get(name), OfflineAlgorithm):
+        return _transition_class(name, OffPolicyAgent)
     if ":" in name:
         if algorithms.is_one(name):
-            return _off_policy_class(name, algorithms.get(name))
+            return _transition_class(name, algorithms.get(name).agent_class())
         loss = losses.get(name)
         members = {"method": name, "__doc__": loss.__doc__, "capabilities": capabilities(loss)}
         return type(loss.__name__, (OnPolicyAgent,), members)
@@ -95,15 +104,22 @@ def get_method(name: str) -> AgentClass:
     return known[name].agent
 
 
-def make(method: str, env: str | EnvSpec | gym.Env | gym.vector.VectorEnv, **settings: Any) -> TrainedAgent:
-    """Build an agent: ``make("bpo", env="HalfCheetah-v5", seed=0, n_envs=8, lam=1e-2)``.
+def make(
+    method: str, env: str | EnvSpec | gym.Env | gym.vector.VectorEnv | None = None, **settings: Any
+) -> TrainedAgent:
+    """Build an agent: ``make("bpo", env="HalfCheetah-v5", n_envs=8)``, ``make("iql", dataset="hopper-medium-v2")``.
 
     Args:
         method: A name from ``available("methods")``, or ``package.module:Class`` of your own loss or method.
-        env: Gymnasium id, EnvSpec or live environment.
-        **settings: ``seed``, ``n_envs``, ``backend``, ``env_kwargs``, ``preset``, and every hyper-parameter by name.
+        env: Gymnasium id, EnvSpec or live environment. Offline methods evaluate in the dataset's own if there is none.
+        **settings: ``seed``, ``n_envs``, ``backend``, ``env_kwargs``, ``preset``, and every hyper-parameter by name;
+            offline ``dataset``. An offline method with ``start_from`` and no ``dataset`` trains in ``env``.
     """
-    return get_method(method)(env, **settings)
+    online = "start_from" in settings and "dataset" not in settings
+    cls = get_method(method, online)
+    if env is None and not issubclass(cls, OfflineAgent):
+        raise ValueError(f"{method} acts in an environment: pass env=, for example make({method!r}, env='Hopper-v5')")
+    return cls(env, **settings)  # type: ignore[arg-type]
 
 
 def load(
@@ -127,13 +143,13 @@ def load(
         CheckpointError: Damaged, or of another method or other spaces.
     """
     document = runfolder.read_config(folder)
+    cls: Any = get_method(document["method"], online=OffPolicyAgent.own_name in document)
     spec = document["env"]
-    if env is None:
-        if spec is None:
-            raise ValueError(f"{folder} was trained on a live environment without an id; pass it as env=")
+    if env is None and spec is not None:
         wrappers = tuple((path, dict(kwargs)) for path, kwargs in spec["wrappers"])
         env = EnvSpec(**{**spec, "wrappers": wrappers})
-    cls = get_method(document["method"])
+    if env is None and not issubclass(cls, OfflineAgent):
+        raise ValueError(f"{folder} was trained on a live environment without an id; pass it as env=")
     settings: dict[str, Any] = {}
     for name, value in document["config"].items():
         settings |= value if isinstance(value, dict) else {name: value}
@@ -145,6 +161,6 @@ def load(
         settings["device"] = "cpu"
     settings["cudagraphs"] = settings["cudagraphs"] and not str(settings["device"]).startswith("cpu")
     settings |= document[cls.own_name]
-    agent = cls(env, seed=document["seed"], restoring=True, **settings)
+    agent = cls.from_document(document, env, settings)
     agent.load_checkpoint(folder, checkpoint)
     return agent

@@ -38,12 +38,12 @@ class Registry(Generic[B]):
     Args:
         what: One of them, in words: "loss".
         base: What they derive from.
-        package: Whose modules are imported to find them all.
-        skip: Modules of it that define none.
+        packages: Whose modules are imported to find them all.
+        skip: Modules of them that define none.
     """
 
-    def __init__(self, what: str, base: type[B], package: str, skip: frozenset[str] = frozenset()) -> None:
-        self.what, self.base, self.package, self.skip = what, base, package, skip
+    def __init__(self, what: str, base: type[B], *packages: str, skip: frozenset[str] = frozenset()) -> None:
+        self.what, self.base, self.packages, self.skip = what, base, packages, skip
         self._found: dict[str, type[B]] = {}
 
     def enter(self, cls: C) -> C:
@@ -57,10 +57,11 @@ class Registry(Generic[B]):
         return cls
 
     def names(self) -> list[str]:
-        """Keys of all of this package, sorted."""
-        for info in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
-            if info.name not in self.skip:
-                importlib.import_module(f"{self.package}.{info.name}")
+        """Keys of all of these packages, sorted."""
+        for package in self.packages:
+            for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+                if info.name not in self.skip:
+                    importlib.import_module(f"{package}.{info.name}")
         return sorted(self._found)
 
     def get(self, name: str) -> type[B]:

@@ -1,4 +1,4 @@
-"""The contract of an off-policy method, and the registry of those there are.
+"""The contract of a method that learns from transitions, off-policy or offline, and the registry of those there are.
 
 A method is a frozen dataclass: its fields are hyper-parameters, :meth:`Algorithm.networks` says what is trained, and
 :meth:`Algorithm.update` is the paper's update, written with :class:`ctrlrl.engine.learner.Nets`::
@@ -18,18 +18,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctrlrl.data.dataset import Dataset
 from ctrlrl.data.transitions import Transitions
 from ctrlrl.names import Registry
 from ctrlrl.types import check_types
 
 if TYPE_CHECKING:
     from ctrlrl.engine.learner import Learner, Nets
-    from ctrlrl.engine.off_policy import OffPolicyAgent
-    from ctrlrl.engine.off_policy_config import OffPolicyConfig
-
+    from ctrlrl.engine.transition_agent import TransitionAgent
+    from ctrlrl.engine.transition_config import TransitionConfig
 
 
 class Networks(NamedTuple):
@@ -54,7 +55,11 @@ class Spaces(NamedTuple):
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """One off-policy method; subclasses are registered under their file's name."""
+    """One method that learns from transitions; subclasses are registered under their file's name.
+
+    Methods in ctrlrl/online act in an environment (OffPolicyAgent), those in ctrlrl/offline learn from recorded data
+    (OfflineAgent).
+    """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
@@ -71,14 +76,16 @@ class Algorithm(ABC):
     """What the method promises; the contract suite checks each."""
 
     @classmethod
-    def agent_class(cls) -> type[OffPolicyAgent]:
+    def agent_class(cls) -> type[TransitionAgent]:
         """The agent that runs the method."""
         from ctrlrl.engine.off_policy import OffPolicyAgent
 
         return OffPolicyAgent
 
     @abstractmethod
-    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+    def networks(
+        self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None
+    ) -> Networks:
         """Build the networks, freshly initialised."""
 
     @abstractmethod
@@ -115,7 +122,7 @@ class Algorithm(ABC):
         shape = (n, batch_size, action_size)
         return {k: torch.randn(shape, generator=generator, device=generator.device) for k in ("action", "next_action")}
 
-    def learning_rate(self, network: str, config: OffPolicyConfig) -> float:
+    def learning_rate(self, network: str, config: TransitionConfig) -> float:
         """Learning rate of a trained network."""
         critic = network not in ("actor", "temperature") and config.critic_learning_rate is not None
         return float(config.critic_learning_rate) if critic else config.learning_rate  # type: ignore[arg-type]
@@ -129,5 +136,26 @@ class Algorithm(ABC):
         return False
 
 
-_REGISTRY = Registry("method", Algorithm, "ctrlrl.online")
+class OfflineAlgorithm(Algorithm):
+    """One method that learns from recorded data; subclasses are frozen dataclasses, too."""
+
+    def select(self, data: Dataset) -> Dataset:
+        """The episodes to learn from: all of them."""
+        return data
+
+    def columns(self, data: Dataset, gamma: float) -> Mapping[str, np.ndarray]:
+        """Further columns of the batches (``batch.extras``), each [N, ...] with a row for every step of ``data``.
+
+        A method that has some cannot go on in an environment (``start_from``), where nobody computes them.
+        """
+        return {}
+
+    @classmethod
+    def agent_class(cls) -> type[TransitionAgent]:
+        from ctrlrl.engine.offline import OfflineAgent
+
+        return OfflineAgent
+
+
+_REGISTRY = Registry("method", Algorithm, "ctrlrl.online", "ctrlrl.offline")
 register, names, get, is_one = _REGISTRY.enter, _REGISTRY.names, _REGISTRY.get, _REGISTRY.holds

@@ -230,15 +230,17 @@ def build(
     Later wins: the fields' own defaults, ``defaults`` of the kind of rows, then of the method, of the preset, then
     ``settings``. Unknown names raise :class:`ConfigError` with the nearest known ones.
     """
-    merged: dict[str, Any] = {**(defaults or {}), **method.loop_defaults}
-    if preset is not None:
-        if preset not in method.presets:
-            known = ", ".join(method.presets) or "none"
-            raise ConfigError(f"{method.name} has no preset {preset!r}; known: {known}")
-        merged |= method.presets[preset]
-    merged |= settings
     inner = nested(loop)
     groups: list[type] = [loop, *inner.values(), method]
+    known = [n for group in groups for n in field_names(group)]
+    # an offline method that goes on in an environment has defaults that mean nothing there
+    merged: dict[str, Any] = {**(defaults or {}), **{k: v for k, v in method.loop_defaults.items() if k in known}}
+    if preset is not None:
+        if preset not in method.presets:
+            choices = ", ".join(method.presets) or "none"
+            raise ConfigError(f"{method.name} has no preset {preset!r}; known: {choices}")
+        merged |= method.presets[preset]
+    merged |= settings
     parts: list[dict[str, Any]] = [{} for _ in groups]
     taken = set(field_names(method)) & {n for group in groups[:-1] for n in field_names(group)}
     if taken:
@@ -250,7 +252,6 @@ def build(
                 part[name] = tuple(value) if isinstance(value, list) else value
                 break
         else:
-            known = [n for group in groups for n in field_names(group)]
             raise ConfigError(f"{method.name} has no setting {name!r}.{names.hint(name, known)}")
     outer, own = parts[0], parts[-1]
     try:

@@ -34,6 +34,11 @@ Live: TypeAlias = gym.Env | gym.vector.VectorEnv
 
 # packages that register their ids when they are imported, and what to install for them
 _NAMESPACES = {"ctrlrl": ("ctrlrl_envs", "ctrlrl"), "ALE": ("ale_py", "gymnasium[atari]")}
+# the same for ids without a namespace, by how they begin
+_FAMILIES = dict.fromkeys(
+    ("AdroitHand", "AntMaze_", "Fetch", "FrankaKitchen", "HandManipulate", "HandReach", "PointMaze_"),
+    ("gymnasium_robotics", "ctrlrl[robotics]"),
+)
 _EXTRAS = {"mujoco": "mujoco", "box2d": "box2d", "classic_control": "classic-control", "toy_text": "toy-text"}
 
 
@@ -51,7 +56,8 @@ def resolve(
     kwargs nor wrappers; else ``sync``. A live environment comes back as it is.
 
     Args:
-        env: Gymnasium id (``ctrlrl/...`` and ``module:Id`` import their package), EnvSpec, or live environment.
+        env: Gymnasium id (``ctrlrl/...``, ``module:Id`` and those of gymnasium-robotics import their package), EnvSpec,
+            or live environment.
         n_envs: Environments side by side; overrides the EnvSpec's.
         backend: Overrides the EnvSpec's.
         env_kwargs: Added to the EnvSpec's kwargs; JSON values.
@@ -110,7 +116,7 @@ def _registered(env_id: str) -> str:
     """
     module, _, name = env_id.rpartition(":")
     namespace = name.partition("/")[0] if "/" in name else ""
-    package, extra = _NAMESPACES.get(namespace, ("", ""))
+    package, extra = _NAMESPACES.get(namespace) or _family(module, name)
     for wanted in filter(None, (module, package)):
         try:
             importlib.import_module(wanted)
@@ -137,6 +143,12 @@ def _registered(env_id: str) -> str:
     if name in envpool.ids():
         hint = " EnvPool has it: use backend='envpool'."
     raise UnknownEnvironment(f"no environment {env_id!r} is registered.{hint}")
+
+
+def _family(module: str, name: str) -> tuple[str, str]:
+    """The package that registers ``name`` and what to install for it; empty where another one is asked for."""
+    found = next((known for start, known in _FAMILIES.items() if name.startswith(start)), ("", ""))
+    return found if module in ("", found[0]) else ("", "")
 
 
 def build_env(spec: EnvSpec) -> gym.Env:

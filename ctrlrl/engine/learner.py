@@ -15,8 +15,8 @@ from ctrlrl.engine.algorithm import Algorithm
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.errors import CheckpointError
 from ctrlrl.engine.graphs import Replayed, compiled_once
-from ctrlrl.engine.off_policy_config import OffPolicyConfig
 from ctrlrl.engine.step import FlatParameters
+from ctrlrl.engine.transition_config import TransitionConfig
 
 Loss: TypeAlias = Callable[[Callable[..., Any]], tuple[Tensor, dict[str, Tensor]]]
 State: TypeAlias = dict[str, list[Tensor]]
@@ -29,7 +29,7 @@ class Nets:
 
     def __init__(
         self, modules: Mapping[str, nn.Module], flats: Mapping[str, FlatParameters], state: State,
-        knobs: Mapping[str, Tensor], config: OffPolicyConfig, split: bool,
+        knobs: Mapping[str, Tensor], config: TransitionConfig, split: bool,
     ) -> None:  # fmt: skip
         self._modules, self._flats, self._state = modules, flats, state
         self._knobs, self._config, self._split = knobs, config, split
@@ -93,16 +93,17 @@ class Learner:
         state: Flat parameters by name; for trained ones also Adam's ``<name>/m``, ``<name>/v``, ``<name>/clock`` and,
             of the next step, ``<name>/bias``.
         updates: Updates done.
+        copies: Whose copy a target network is, by name.
     """
 
     def __init__(
         self, algorithm: Algorithm, trained: Mapping[str, nn.Module], copies: Mapping[str, str],
-        config: OffPolicyConfig, device: torch.device, compile: bool,
+        config: TransitionConfig, device: torch.device, compile: bool,
     ) -> None:  # fmt: skip
         self.algorithm, self.config, self.device, self.compile = algorithm, config, device, compile
         if config.cudagraphs and device.type != "cuda":
             raise ConfigError(f"cudagraphs needs a CUDA device, found {device}; leave it off or set device='cuda'")
-        self.trained = list(trained)
+        self.trained, self.copies = list(trained), dict(copies)
         self.modules: dict[str, nn.Module] = {k: module.to(device) for k, module in trained.items()}
         for name, source in copies.items():
             self.modules[name] = copy.deepcopy(self.modules[source])

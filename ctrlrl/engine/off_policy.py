@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import torch
 from torch import Tensor
 
 from ctrlrl.data.transitions import ReplaySizeError, TransitionReplay
-from ctrlrl.engine import algorithm as algorithms
-from ctrlrl.engine import devices, environments, replay_files, runfolder
-from ctrlrl.engine.algorithm import Algorithm, Spaces
+from ctrlrl.engine import environments, prior, replay_files, runfolder
+from ctrlrl.engine.algorithm import OfflineAlgorithm
 from ctrlrl.engine.collected import Collected
 from ctrlrl.engine.collector import Collector
-from ctrlrl.engine.config import build
-from ctrlrl.engine.errors import NonFiniteError, NonFiniteUpdateError
-from ctrlrl.engine.learner import Learner
+from ctrlrl.engine.config import ConfigError
+from ctrlrl.engine.errors import NonFiniteError
 from ctrlrl.engine.off_policy_config import OffPolicyConfig
+from ctrlrl.engine.offline_rows import rows_of
+from ctrlrl.engine.prior import PriorData
 from ctrlrl.engine.seeding import derive, generator
-from ctrlrl.engine.trainer import TrainedAgent
+from ctrlrl.engine.transition_agent import TransitionAgent
 from ctrlrl.nets.actors import BoxActor
 from ctrlrl.types import Backend, EnvSpec, Obs
 
@@ -68,7 +67,7 @@ class Explorer:
         return sample
 
 
-class OffPolicyAgent(TrainedAgent):
+class OffPolicyAgent(TransitionAgent):
     """An agent trained by the off-policy loop.
 
     Args:
@@ -85,8 +84,7 @@ class OffPolicyAgent(TrainedAgent):
     """
 
     own_name = "algorithm"
-    policy: BoxActor
-    capabilities: ClassVar[frozenset[str]] = Algorithm.capabilities
+    loop = OffPolicyConfig
 
     def __init__(
         self,
@@ -109,23 +107,21 @@ class OffPolicyAgent(TrainedAgent):
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
         self.observation_space, self.action_space, _ = environments.describe(resolved)
         self._use(resolved)
-        config, self.algorithm = build(algorithms.get(self.method), settings, preset, loop=OffPolicyConfig)
-        self.device = devices.resolve(config.device)
         self.n_params = self._count_params()
-        spaces = Spaces(self.observation_space, self.action_space, self.n_params)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.seed, "network"))
-            actor, trained, copies = self.algorithm.networks(spaces, config, encoder)
-        modules = {"actor": actor, **trained}
-        threads = config.threads or max(devices.threads(m, config.batch_size) for m in modules.values())
-        self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
-        self.learner = Learner(self.algorithm, modules, copies, self.config, self.device, self._compiles())
-        self.policy = actor  # type: ignore[assignment]
+        if settings.get("start_from") is not None and not restoring:
+            settings = prior.settings_of(settings["start_from"]) | settings
+        self._build(settings, preset, encoder, self.n_params)
+        self._check_online()
+        if self.config.start_from is not None and not restoring:
+            fresh = prior.take_over(self.learner, self.config.start_from, self.method)
+            if fresh:
+                logger.warning("%s has no %s: begun afresh.", self.config.start_from, ", ".join(fresh))
         self.explorer = Explorer(self.policy, self.algorithm.deterministic_collection)
         self.collector = Collector(
-            self._source(), self.explorer, config.collect_steps, self.device, self.seed, keep_terminal=True
+            self._source(), self.explorer, self.config.collect_steps, self.device, self.seed, keep_terminal=True
         )
         self.replay: TransitionReplay | None = None
+        self.prior: PriorData | None = None
         self.segments: list[dict[str, Any]] = []
         """Files of the replay that the next checkpoint names."""
         self._kept: dict[Path, list[dict[str, Any]]] = {}
@@ -136,17 +132,12 @@ class OffPolicyAgent(TrainedAgent):
     def _count_params(self) -> int:
         return 0
 
-    @classmethod
-    def blueprint(
-        cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None, policy: str = "auto"
-    ) -> tuple[OffPolicyConfig, Algorithm]:
-        """The settings of the loop and of the method, before the user's own."""
-        return build(algorithms.get(cls.method), {}, preset, loop=OffPolicyConfig)
-
-    @property
-    def own(self) -> Algorithm:
-        """The settings of the method itself."""
-        return self.algorithm
+    def _check_online(self) -> None:
+        own = type(self.algorithm)
+        if issubclass(own, OfflineAlgorithm) and own.columns is not OfflineAlgorithm.columns:
+            raise ConfigError(
+                f"{self.method} learns from columns that only recorded data has: it cannot go on in an environment"
+            )
 
     # -- training -----------------------------------------------------------------------------
 
@@ -165,6 +156,8 @@ class OffPolicyAgent(TrainedAgent):
 
     def _open(self) -> None:
         self.collector.dump_dir = self.run_dir
+        if self.config.offline_share > 0.0 and self.prior is None:
+            self.prior = self._recorded()
         if len(self._memory()) == 0 and self.span[1] - self.steps <= self.config.learning_starts:
             logger.warning(
                 "No update will be made: the run's %s steps are not more than learning_starts=%s.",
@@ -192,6 +185,16 @@ class OffPolicyAgent(TrainedAgent):
                 replay_files.restore(self.replay, self._stored_in / runfolder.CHECKPOINTS, self._kept[self._stored_in])
         return self.replay
 
+    def _recorded(self) -> PriorData:
+        """The dataset of the run that this one starts from."""
+        from ctrlrl.data.load import load
+
+        assert self.config.start_from is not None
+        config = prior.document_of(self.config.start_from)["config"]
+        data = load(config["dataset"], like=config["like"], unfinished=config["unfinished"])
+        rewards = {k: getattr(self.config, k) for k in ("reward_scale", "reward_shift")}
+        return PriorData(rows_of(data, self.policy, self.device, rewards, {}, None), self.config.offline_share)
+
     def _extras(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Further columns of the replay: shape and type by name."""
         return {}
@@ -209,7 +212,7 @@ class OffPolicyAgent(TrainedAgent):
         simulation = 0.0
         self.cut = False
         while self.steps - before < self.steps_bound and not self.cut:
-            self.explorer.ready = self.steps >= config.learning_starts
+            self.explorer.ready = self.steps >= config.learning_starts or config.start_from is not None
             self._before_collection()
             try:
                 collected = self.collector.collect(acting)
@@ -253,7 +256,7 @@ class OffPolicyAgent(TrainedAgent):
         """Store the valid steps of a collection, each with its true next observation."""
         following = next_observations(c)
         flat = {
-            "obs": _rows(c.obs), "action": _rows(c.action), "reward": _rows(c.reward_t),
+            "obs": _rows(c.obs), "action": _rows(c.action), "reward": self._reward(_rows(c.reward_t)),
             "terminated": _rows(c.terminated_t), "truncated": _rows(c.truncated_t), "next_obs": _rows(following),
             "extras": self._columns(c),
         }  # fmt: skip
@@ -261,6 +264,10 @@ class OffPolicyAgent(TrainedAgent):
             keep = c.valid_t.flatten()
             flat = {k: _map(v, lambda x: x[keep]) for k, v in flat.items()}
         memory.add(**flat)
+
+    def _reward(self, reward: Tensor) -> Tensor:
+        scale, shift = self.config.reward_scale, self.config.reward_shift
+        return reward if scale == 1.0 and shift == 0.0 else reward * scale + shift
 
     def _columns(self, c: Collected) -> dict[str, Tensor] | None:
         """Rows [T * N, ...] of the further columns."""
@@ -272,38 +279,19 @@ class OffPolicyAgent(TrainedAgent):
         while self.debt >= 1.0:
             due = int(self.debt)
             count = config.updates_per_graph if due >= config.updates_per_graph else 1
-            index = memory.draw(count, size, drawing)
+            if self.prior is None:
+                batch = memory.sample(memory.draw(count, size, drawing).flatten())
+            else:
+                batch = self.prior.sample(memory, count, size, drawing)
             noise = self.algorithm.noise(count, size, self.policy.action_shape[0], drawing, self.n_params)
-            for name, values in self.learner.run(memory.sample(index.flatten()), noise, count).items():
+            for name, values in self.learner.run(batch, noise, count).items():
                 found.setdefault(name, []).append(values)
             self.debt -= count
 
-    def _averages(self, found: dict[str, list[Tensor]]) -> dict[str, float]:
-        """Means over the iteration's updates; raises if one of them is not finite."""
-        if not found:
-            return {}
-        series = {k: torch.cat(v) for k, v in found.items()}
-        means = dict(zip(series, torch.stack([v.mean() for v in series.values()]).tolist(), strict=True))
-        if not all(math.isfinite(v) for v in means.values()):
-            # the earliest update, not the first name: after it everything is NaN. Some are logged at every k-th only
-            updates = max(len(v) for v in series.values())
-            first = {
-                k: (int((~v.isfinite()).nonzero()[0]) + 1) * updates // len(v) - 1
-                for k, v in series.items() if not v.isfinite().all()
-            }  # fmt: skip
-            name, update = min(first.items(), key=lambda item: item[1])
-            raise NonFiniteUpdateError(name, self.steps, self.iteration, update, kept=False)
-        return means | {"n_updates": float(self.learner.updates)}
-
     # -- state --------------------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, Tensor]:
-        policy = super().tensors()
-        rest = {k: v for k, v in self.learner.tensors().items() if not k.startswith("actor/net/")}
-        return policy | {f"learner/{k}": v for k, v in rest.items()}
-
     def counters(self) -> dict[str, Any]:
-        return super().counters() | {"updates": self.learner.updates, "debt": self.debt, "replay": self.segments}
+        return super().counters() | {"debt": self.debt, "replay": self.segments}
 
     def write_checkpoint(self, folder: Path, name: str) -> Path:
         """As in Agent; "last" comes with the replay, whose new rows are written as a file of their own."""
@@ -334,11 +322,8 @@ class OffPolicyAgent(TrainedAgent):
         self.replay, self.segments, self._kept, self._stored_in = None, [], {}, None
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        mine = {k.removeprefix("learner/"): v for k, v in tensors.items() if k.startswith("learner/")}
-        actor = {f"actor/net/{k.removeprefix('policy/')}": v for k, v in tensors.items() if k.startswith("policy/")}
-        self.learner.restore(mine | actor, counters["updates"])
-        self.debt, self.segments = counters["debt"], list(counters["replay"])
         super().restore(tensors, counters)
+        self.debt, self.segments = counters["debt"], list(counters["replay"])
 
 
 def next_observations(c: Collected) -> Obs:

@@ -339,6 +339,11 @@ class TrainedAgent(Agent):
     ) -> tuple[Any, Any]:
         """The settings of the loop and of the method with which it would train on ``env``, before the user's own."""
 
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], env: Any, settings: dict[str, Any]) -> Self:
+        """The agent that config.json describes, as it began; its checkpoint is loaded next."""
+        return cls(env, seed=document["seed"], restoring=True, **settings)  # type: ignore[call-arg]
+
     def document(self) -> dict[str, Any]:
         return {
             "format": runfolder.FORMAT,

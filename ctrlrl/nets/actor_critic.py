@@ -15,7 +15,7 @@ from ctrlrl import names
 from ctrlrl.nets.cnn import NatureCNN
 from ctrlrl.nets.heads import ActionHead, action_head
 from ctrlrl.nets.mlp import mlp, orthogonal
-from ctrlrl.nets.normalizer import ObsNormalizer
+from ctrlrl.nets.normalizer import ObsNormalizer, ObsScaling
 from ctrlrl.nets.sampler import Sampler, sampler
 from ctrlrl.types import Distribution, Obs, PolicyOutput, check_types
 
@@ -104,7 +104,10 @@ class Preprocess(nn.Module):
                     "gymnasium.wrappers.FlattenObservation turns the others into a Box."
                 )
         floats = [int(np.prod(s.shape)) for s in self.leaves.values() if isinstance(s, gym.spaces.Box)]
-        self.normalizer = ObsNormalizer(sum(floats), clip) if normalize and sum(floats) else None
+        self.float_size = sum(floats)
+        self.normalizer: ObsNormalizer | ObsScaling | None = None
+        if normalize and self.float_size:
+            self.normalizer = ObsNormalizer(self.float_size, clip)
         self.flat_size = sum(gym.spaces.flatdim(s) for s in self.leaves.values())
         # one float vector and nothing else, by far the most common observation, skips the bookkeeping below
         self.plain = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
@@ -225,7 +228,7 @@ class ActorCritic(nn.Module):
 
     def update_normalizer(self, obs: Obs, valid: Tensor) -> None:
         """Take the valid observations [T, N, ...] of a rollout into the running statistics."""
-        if self.preprocess.normalizer is not None:
+        if isinstance(self.preprocess.normalizer, ObsNormalizer):
             flat = self.preprocess.floats(self._merge(obs, 2))
             assert flat is not None
             self.preprocess.normalizer.update(flat[valid.flatten()])

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ctrlrl import names
 from ctrlrl.nets.actor_critic import Encoder, Preprocess
+from ctrlrl.nets.heads import DiagonalGaussian
 from ctrlrl.nets.mlp import mlp
+from ctrlrl.nets.normalizer import ObsScaling
 from ctrlrl.types import Obs, check_types
 
 
@@ -35,6 +37,11 @@ class QNetworkConfig:
     encoder: str | None = None
     """``package.module:Class`` of your own encoder: a module built from the observation space, which maps the
     preprocessed observation to [B, out_features] and has that attribute. Actor and critics have one each."""
+    normalize_obs: bool = False
+    """Shift and scale observations by the mean and deviation of the recorded data; online they are taken over from the
+    run that training starts from."""
+    layer_norm: Literal["none", "critic", "both"] = "none"
+    """Which networks have layer normalisation behind the activation of each hidden layer, as in ReBRAC's code."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -50,6 +57,8 @@ class Features(nn.Module):
     def __init__(self, space: gym.Space, network: QNetworkConfig, encoder: Callable[..., nn.Module] | None) -> None:
         super().__init__()
         self.preprocess = Preprocess(space, normalize=False, clip=0.0)
+        if network.normalize_obs:
+            self.preprocess.normalizer = ObsScaling(self.preprocess.float_size)
         build = encoder or (None if network.encoder is None else names.load(network.encoder, "encoder"))
         self.encoder = build(space) if build else Encoder(self.preprocess, network.image_features)
         self.own = build is not None
@@ -124,7 +133,8 @@ class BoxActor(nn.Module):
         self.env_shape = action_space.shape
         self.action_shape = (low.size,)
         self.features = Features(observation_space, network, encoder)
-        self.body = mlp(self.features.out_features, network.actor_hidden, network.activation)
+        normed = network.layer_norm == "both"
+        self.body = mlp(self.features.out_features, network.actor_hidden, network.activation, normed)
         self.width = network.actor_hidden[-1] if network.actor_hidden else self.features.out_features
         for name, value in {"middle": (high + low) / 2, "scale": (high - low) / 2}.items():
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32), persistent=False)
@@ -195,3 +205,27 @@ class DeterministicActor(BoxActor):
 
     def mode(self, obs: Obs) -> Tensor:
         return self(obs)
+
+
+class GaussianActor(BoxActor):
+    """A Gaussian in the action's own space: its mean a tanh, its log-deviation one number per dimension.
+
+    Not squashed: samples are cut at the bounds, densities are those of the uncut normal. As in IQL's released code,
+    ``log_std`` starts at 0 and is cut to [-5, 2].
+    """
+
+    def __init__(self, *spaces: Any, log_std_bounds: tuple[float, float] = (-5.0, 2.0), **options: Any) -> None:
+        super().__init__(*spaces, **options)
+        self.mean = nn.Linear(self.width, self.action_shape[0])
+        self.log_std = nn.Parameter(torch.zeros(self.action_shape))
+        self.log_std_bounds = log_std_bounds
+
+    def forward(self, obs: Obs) -> DiagonalGaussian:
+        mean = self.mode(obs)
+        return DiagonalGaussian(mean, self.log_std.clamp(*self.log_std_bounds).expand_as(mean))
+
+    def act(self, obs: Obs, noise: Tensor) -> Tensor:
+        return self(obs).sample(noise).clamp(-1.0, 1.0)
+
+    def mode(self, obs: Obs) -> Tensor:
+        return torch.tanh(self.mean(self.body(self.features(obs))))

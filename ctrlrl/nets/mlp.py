@@ -15,11 +15,19 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def mlp(inputs: int, hidden: tuple[int, ...], activation: str) -> nn.Sequential:
-    """Linear layers of the given widths, each followed by the activation; empty ``hidden`` is the identity."""
+NORM_EPS = 1e-6
+"""Added to the variance in layer normalisation, as Flax has it, in which the methods that use it were published."""
+
+
+def mlp(inputs: int, hidden: tuple[int, ...], activation: str, layer_norm: bool = False) -> nn.Sequential:
+    """Linear layers of the given widths, each followed by the activation; empty ``hidden`` is the identity.
+
+    ``layer_norm`` puts layer normalisation behind every activation.
+    """
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [nn.Linear(inputs, width), ACTIVATIONS[activation]()]
+        layers += [nn.LayerNorm(width, NORM_EPS)] if layer_norm else []
         inputs = width
     return nn.Sequential(*layers)
 

@@ -66,6 +66,28 @@ class ObsNormalizer(nn.Module):
         self.shift.copy_(-self.moments.mean * inverse)
 
 
+class ObsScaling(nn.Module):
+    """x scale + shift with fixed numbers; the identity until :meth:`fit`."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(size))
+        self.register_buffer("shift", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to the same."""
+        return torch.addcmul(self.shift, x, self.scale)
+
+    def fit(self, mean: Tensor, std: Tensor, eps: float = 1e-3) -> None:
+        """Normalise to (x - mean) / (std + eps), with TD3+BC's eps (Fujimoto and Gu 2021, section 5)."""
+        scale = 1.0 / (std.double() + eps)
+        self.scale.copy_(scale)
+        self.shift.copy_(-mean.double() * scale)
+
+
 class RewardNormalizer(nn.Module):
     """Divide rewards by the deviation of their running discounted sum, as VecNormalize does, and clip."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
 from ctrlrl.nets.actors import Features, QNetworkConfig
-from ctrlrl.nets.mlp import ACTIVATIONS
+from ctrlrl.nets.mlp import ACTIVATIONS, NORM_EPS
 from ctrlrl.types import Obs
 
 
@@ -36,6 +37,19 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(bias, x, weight)
 
 
+class EnsembleNorm(nn.Module):
+    """E layer normalisations side by side, [E, B, width] to the same; each has a scale and a shift of its own."""
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(members, 1, width))
+        self.bias = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: Tensor, members: int | None = None) -> Tensor:
+        weight, bias = (self.weight, self.bias) if members is None else (self.weight[:members], self.bias[:members])
+        return torch.addcmul(bias, nn.functional.layer_norm(x, x.shape[-1:], eps=NORM_EPS), weight)
+
+
 class QEnsemble(nn.Module):
     """``n_critics`` action values from one vector of features and action, each by layers of its own.
 
@@ -43,7 +57,7 @@ class QEnsemble(nn.Module):
         observation_space: Of one environment.
         inputs: Size of what is joined to the features: the action, and parameters where a critic sees them; 0 gives
             state values.
-        network: Widths, activation, members.
+        network: Widths, activation, layer normalisation, members.
         encoder: The user's own, built once for all members.
         outputs: Values per member; 1 is dropped from the result's shape.
     """
@@ -67,14 +81,43 @@ class QEnsemble(nn.Module):
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers += [EnsembleLinear(self.members, before, after), ACTIVATIONS[network.activation]()]
+            layers += [EnsembleNorm(self.members, after)] if network.layer_norm != "none" else []
         self.body = nn.Sequential(*layers, EnsembleLinear(self.members, widths[-1], outputs))
 
-    def forward(self, obs: Obs, *inputs: Tensor, members: int | None = None) -> Tensor:
+    def forward(
+        self, obs: Obs, *inputs: Tensor, members: int | None = None, many: bool = False, slopes: bool = False
+    ) -> Any:
         """[E, B] values at observations [B, ...] and further inputs, each [B, k]; [E, B, outputs] if there are many.
 
-        ``members`` asks only that many of the ensemble.
+        ``members`` asks only that many of the ensemble; ``many`` and ``slopes`` are the methods of these names.
         """
+        if many or slopes:
+            return self.many(obs, *inputs) if many else self.slopes(obs, *inputs)
         x = torch.cat([self.features(obs), *inputs], -1) if inputs else self.features(obs)
+        return self._values(x, members)
+
+    def many(self, obs: Obs, actions: Tensor) -> Tensor:
+        """[E, B, n] values of n actions [B, n, A] in each observation [B, ...], whose features are computed once."""
+        # computing the observation's part of the first layer once, too, costs more in the backward pass than it saves
+        batch, n, _ = actions.shape
+        features = self.features(obs).unsqueeze(1).expand(-1, n, -1)
+        return self._values(torch.cat([features, actions], -1).flatten(0, 1)).unflatten(1, (batch, n))
+
+    def slopes(self, obs: Obs, action: Tensor) -> tuple[Tensor, Tensor]:
+        """[E, B] values at observations [B, ...] and actions [B, A], and their gradients [E, B, A] by the action.
+
+        Both can be differentiated by the parameters.
+        """
+        features = self.features(obs).expand(self.members, -1, -1)
+
+        def total(each: Tensor) -> tuple[Tensor, Tensor]:
+            values = self._values(torch.cat([features, each], -1))
+            return values.sum(), values
+
+        gradients, values = torch.func.grad(total, has_aux=True)(action.expand(self.members, -1, -1))
+        return values, gradients
+
+    def _values(self, x: Tensor, members: int | None = None) -> Tensor:
         for layer in self.body:
-            x = layer(x, members) if isinstance(layer, EnsembleLinear) else layer(x)
+            x = layer(x, members) if isinstance(layer, EnsembleLinear | EnsembleNorm) else layer(x)
         return x.squeeze(-1) if self.outputs == 1 else x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlrl.nets.heads import GaussianHead
+from ctrlrl.nets.normalizer import ObsNormalizer
 from ctrlrl.types import Obs
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def sampler(policy: ActorCritic) -> Sampler:
     weight, bias, std = head.linear.weight, head.linear.bias, head.log_std.detach().exp()
     low, high, bounded = head.low, head.high, head.bounded
     normalizer = preprocess.normalizer
-    if normalizer is not None:
+    if isinstance(normalizer, ObsNormalizer):
         shift, scale, clip = normalizer.shift, normalizer.scale, normalizer.clip
         steps.insert(0, lambda x: torch.addcmul(shift, x, scale).clamp(-clip, clip))
 

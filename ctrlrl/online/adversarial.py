@@ -17,9 +17,9 @@ from ctrlrl.engine.collected import Collected
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.learner import Learner
 from ctrlrl.engine.off_policy import OffPolicyAgent
-from ctrlrl.engine.off_policy_config import OffPolicyConfig
 from ctrlrl.engine.seeding import generator
 from ctrlrl.engine.sync import LeanSyncVectorEnv
+from ctrlrl.engine.transition_config import TransitionConfig
 from ctrlrl.online.td3 import TD3
 from ctrlrl.types import Obs
 
@@ -65,7 +65,7 @@ class Adversarial(TD3):
             for k, size in sizes.items()
         }
 
-    def learning_rate(self, network: str, config: OffPolicyConfig) -> float:
+    def learning_rate(self, network: str, config: TransitionConfig) -> float:
         """The critics' for networks with "critic" in their name, the actor's for all others."""
         return super().learning_rate("critic" if "critic" in network else "actor", config)
 

@@ -23,7 +23,7 @@ from ctrlrl.types import check_types
 
 if TYPE_CHECKING:
     from ctrlrl.engine.learner import Nets
-    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+    from ctrlrl.engine.transition_config import TransitionConfig
     from ctrlrl.online.iwocs_agent import IWOCSAgent
 
 
@@ -138,7 +138,7 @@ class IWOCS(SAC):
                 )
         return first, later
 
-    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+    def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         observation = spaces.observation
         if not isinstance(observation, gym.spaces.Box) or not np.issubdtype(observation.dtype, np.floating):
             raise TypeError(

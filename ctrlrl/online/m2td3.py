@@ -21,7 +21,7 @@ from ctrlrl.types import Obs
 
 if TYPE_CHECKING:
     from ctrlrl.engine.learner import Nets
-    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+    from ctrlrl.engine.transition_config import TransitionConfig
 
 LENGTH = 1_000
 """Steps of an episode as long as none has ended."""
@@ -114,7 +114,7 @@ class M2TD3(Adversarial):
             if value is not None and not value >= 0.0:
                 raise ValueError(f"{name}={value} must not be negative")
 
-    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+    def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         actor = DeterministicActor(
             spaces.observation, spaces.action, config.network, encoder=encoder, exploration_noise=self.exploration_noise
         )

@@ -19,7 +19,7 @@ from ctrlrl.online.sac import Soft
 
 if TYPE_CHECKING:
     from ctrlrl.engine.learner import Learner, Nets
-    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+    from ctrlrl.engine.transition_config import TransitionConfig
 
 
 def log_q(logp: Tensor, q: float, floor: float | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class MDPOOff(Soft):
     def deterministic_collection(self) -> bool:
         return self.deterministic_rollout
 
-    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+    def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         actor = SquashedGaussianActor(spaces.observation, spaces.action, config.network, encoder=encoder)
         critic = QEnsemble(spaces.observation, actor.action_shape[0], config.network, encoder)
         trained: dict[str, nn.Module] = {"critic": critic, **self.temperature()}

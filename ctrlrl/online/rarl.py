@@ -21,7 +21,7 @@ from ctrlrl.types import Obs
 
 if TYPE_CHECKING:
     from ctrlrl.engine.learner import Nets
-    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+    from ctrlrl.engine.transition_config import TransitionConfig
 
 
 @register
@@ -52,7 +52,7 @@ class RARL(Adversarial):
     def period(self) -> int:
         return self.policy_delay * self.adversary_every
 
-    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+    def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         box = gym.spaces.Box(-1.0, 1.0, (spaces.params,), np.float32)
         actor, adversary = (
             DeterministicActor(

@@ -16,7 +16,7 @@ from ctrlrl.nets.q_ensemble import QEnsemble
 
 if TYPE_CHECKING:
     from ctrlrl.engine.learner import Nets
-    from ctrlrl.engine.off_policy_config import OffPolicyConfig
+    from ctrlrl.engine.transition_config import TransitionConfig
 
 
 @register
@@ -59,7 +59,7 @@ class TD3(Algorithm):
         shape = (n, batch_size, action_size)
         return {"next_action": torch.randn(shape, generator=generator, device=generator.device)}
 
-    def networks(self, spaces: Spaces, config: OffPolicyConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
+    def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         actor = DeterministicActor(
             spaces.observation, spaces.action, config.network, encoder=encoder, exploration_noise=self.exploration_noise
         )

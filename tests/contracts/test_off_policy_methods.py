@@ -50,7 +50,8 @@ def everything(name):
 
 
 def test_every_method_declares_what_the_table_says():
-    assert {name: algorithms.get(name).capabilities for name in algorithms.names()} == DECLARED | ELSEWHERE
+    online = [name for name in algorithms.names() if issubclass(api.get_method(name), OffPolicyAgent)]
+    assert {name: algorithms.get(name).capabilities for name in online} == DECLARED | ELSEWHERE
 
 
 @EVERY

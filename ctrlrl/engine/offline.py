@@ -1,0 +1,285 @@
+"""The offline loop: draw transitions from a dataset, update. It runs every offline method."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo, normalized
+from ctrlrl.data.transitions import TransitionReplay
+from ctrlrl.engine import environments, prior, runfolder
+from ctrlrl.engine.algorithm import OfflineAlgorithm
+from ctrlrl.engine.offline_config import OfflineConfig
+from ctrlrl.engine.offline_rows import SLICE, check_actions, rows_of
+from ctrlrl.engine.seeding import derive
+from ctrlrl.engine.spaces import space_from_json
+from ctrlrl.engine.transition_agent import TransitionAgent
+from ctrlrl.nets.normalizer import ObsScaling, RunningMoments
+from ctrlrl.types import EnvSpec
+
+logger = logging.getLogger("ctrlrl")
+
+
+class OfflineAgent(TransitionAgent):
+    """An agent trained on a dataset; its steps are updates.
+
+    Args:
+        env: Where to evaluate: Gymnasium id or EnvSpec. The dataset's own by default; without any the agent trains,
+            and cannot be evaluated by episodes.
+        method: Name of the method, or ``package.module:Class``. Classes such as ``ctrlrl.IQL`` fix it.
+        dataset: D4RL or Minari id, path, or a Dataset.
+        seed: Seed of everything.
+        env_kwargs: Keyword arguments of the environment, with an id.
+        preset: Named settings of the method.
+        encoder: Your own encoder class, or its ``package.module:Class`` (see QNetworkConfig.encoder).
+        document: config.json of the run that is being loaded: the data is read when training goes on.
+        **settings: Fields of OfflineConfig, QNetworkConfig and the method, by name.
+
+    Raises:
+        DatasetError: The data cannot be used, or does not fit the environment.
+    """
+
+    own_name = prior.OWN_NAME
+    loop = OfflineConfig
+    algorithm: OfflineAlgorithm
+    n_envs = 1
+    _live = None
+
+    def __init__(
+        self,
+        env: str | EnvSpec | None = None,
+        method: str | None = None,
+        *,
+        dataset: str | Path | Dataset | None = None,
+        seed: int = 0,
+        env_kwargs: dict[str, Any] | None = None,
+        preset: str | None = None,
+        encoder: Any = None,
+        document: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.method = method or self.method
+        encoder = self._name_encoder(encoder, settings)
+        self.seed = int(seed)
+        self._dataset = dataset if isinstance(dataset, Dataset) else None
+        if dataset is not None:
+            settings["dataset"] = dataset.info.id if isinstance(dataset, Dataset) else str(dataset)
+        if document is None:
+            self._dataset = self._dataset or self._load(settings)
+            self.info = self._dataset.info
+            self.observation_space, self.action_space = self._dataset.observation_space, self._dataset.action_space
+        else:
+            self.info = info_from(document["data"])
+            self.observation_space, self.action_space = (
+                space_from_json(document["spaces"][f"{k}_space"]) for k in ("observation", "action")
+            )
+        self.env_spec = self._environment(env, env_kwargs, restoring=document is not None)
+        self._build(settings, preset, encoder)
+        self.replay: TransitionReplay | None = None
+        self.reward_map = document["data"]["reward_map"] if document is not None else self._reward_map(
+            self.algorithm.select(self.data)
+        )
+        self.fingerprint = document["data"]["rows"] if document is not None else fingerprint(self.data)
+
+    @property
+    def data(self) -> Dataset:
+        """The dataset as it was loaded; read again where this agent was itself loaded."""
+        if self._dataset is None:
+            self._dataset = self._load({k: getattr(self.config, k) for k in ("dataset", "like", "unfinished")})
+            found = fingerprint(self._dataset)
+            if found != self.fingerprint:
+                raise DatasetError(
+                    f"{self.config.dataset} is not the data that this run began with: found {found}, "
+                    f"expected {self.fingerprint}"
+                )
+        return self._dataset
+
+    def _load(self, settings: Mapping[str, Any]) -> Dataset:
+        from ctrlrl.data.load import load
+
+        name = settings.get("dataset")
+        if not name:
+            raise DatasetError(
+                f"{self.method} learns from recorded data: name it by dataset= (--dataset), a D4RL or Minari id or the "
+                "path of a file; ctrlrl data list shows what there is"
+            )
+        return load(name, like=settings.get("like"), unfinished=settings.get("unfinished", "error"))
+
+    def _environment(
+        self, env: str | EnvSpec | None, env_kwargs: Mapping[str, Any] | None, restoring: bool
+    ) -> EnvSpec | None:
+        """What to evaluate in; the data's own environment may be missing here, the user's may not."""
+        asked = env is not None
+        if not asked:
+            env = self.info.env
+        if env is None:
+            if not restoring:
+                logger.warning("No evaluations: %s names no environment; give one as env= (--env).", self.info.id)
+            return None
+        try:
+            spec = environments.resolve(env, backend="sync", env_kwargs=env_kwargs)
+            observation, action, _ = environments.describe(spec)
+        except (environments.UnknownEnvironment, gym.error.Error, ImportError) as error:
+            if asked:
+                raise
+            logger.warning("No evaluations: %s", error)
+            return None
+        assert isinstance(spec, EnvSpec)
+        for kind, theirs, mine in (
+            ("observations", observation, self.observation_space), ("actions", action, self.action_space)
+        ):  # fmt: skip
+            if shapes(theirs) != shapes(mine):
+                raise DatasetError(
+                    f"{spec.id} has {kind} of shape {shapes(theirs)}, {self.info.id} has {shapes(mine)}: "
+                    "they do not belong together"
+                )
+        if not restoring:
+            self.observation_space, self.action_space = observation, action
+            check_actions(self.data, action)
+        return spec
+
+    # -- training -----------------------------------------------------------------------------
+
+    @property
+    def steps_bound(self) -> int:
+        """Updates of one iteration."""
+        return self.config.iteration_steps
+
+    def _border(self) -> None:
+        """There is nothing to recreate: every iteration draws by a generator of its own."""
+
+    def _prepare(self) -> None:
+        if not self.config.memory_map:  # which needs the run's folder
+            self._memory()
+
+    def _open(self) -> None:
+        self._memory()
+        if self.learner.updates == 0:
+            self._fit_scaling()
+
+    def _close(self) -> None:
+        if self.replay is not None and self.config.memory_map:
+            self.replay.close()
+            self.replay = None
+
+    def _memory(self) -> TransitionReplay:
+        """The usable rows on the device, actions scaled to [-1, 1] and rewards as the settings say."""
+        if self.replay is not None:
+            return self.replay
+        # the environment's bounds, where there is one, say what the actions mean
+        data = dataclasses.replace(self.algorithm.select(self.data), action_space=self.action_space)
+        folder = (self.run_dir or Path(tempfile.gettempdir())) if self.config.memory_map else None
+        columns = self.algorithm.columns(data, self.config.gamma)
+        self.replay = rows_of(data, self.policy, self.device, self.reward_map, columns, folder)
+        return self.replay
+
+    def _reward_map(self, data: Dataset) -> dict[str, float]:
+        """Factor and shift of the rewards."""
+        config, scale = self.config, float(self.config.reward_scale)
+        if config.scale_by_returns:
+            spread = float(data.returns.max() - data.returns.min())
+            if spread <= 0.0:
+                raise DatasetError(f"{data.info.id}: all episodes have one return; scale_by_returns cannot divide by 0")
+            scale *= 1000.0 / spread
+        return {"reward_scale": scale, "reward_shift": float(config.reward_shift)}
+
+    def _fit_scaling(self) -> None:
+        """Set what normalises observations from the data, where the networks normalise."""
+        found = [m for net in self.learner.modules.values() for m in net.modules() if isinstance(m, ObsScaling)]
+        if not found:
+            return
+        memory, floats = self._memory(), self.policy.features.preprocess.floats
+        moments = RunningMoments((found[0].shift.numel(),))
+        for start in range(0, len(memory), SLICE):
+            rows = memory.sample(torch.arange(start, min(start + SLICE, len(memory)), device=self.device))
+            seen = floats(rows.obs)
+            assert seen is not None
+            moments.update(seen.cpu())
+        for module in found:
+            module.fit(moments.mean, moments.var.sqrt())
+
+    def _iterate(self) -> dict[str, float]:
+        """One line of the log: ``iteration_steps`` updates on rows drawn with replacement."""
+        began, config, memory = time.perf_counter(), self.config, self._memory()
+        drawing = torch.Generator(self.device).manual_seed(derive(self.seed, "draw", self.iteration))
+        left = min(config.iteration_steps, self.span[1] - self.steps)
+        index = memory.draw(left, config.batch_size, drawing)
+        found: dict[str, list[Tensor]] = {}
+        self.cut = False
+        while left > 0 and not self.cut:
+            count = min(config.updates_per_graph, left)
+            self._schedule()
+            rows = index[len(index) - left :][:count]
+            noise = self.algorithm.noise(count, config.batch_size, self.policy.action_shape[0], drawing)
+            for name, values in self.learner.run(memory.sample(rows.flatten()), noise, count).items():
+                found.setdefault(name, []).append(values)
+            left -= count
+            self.steps += count
+            self.cut = self.interrupted["asked"] and left > 0
+        metrics = self._averages(found)
+        self.iteration += 1
+        self.timings["update_s"] += time.perf_counter() - began
+        return {f"train/{k}": v for k, v in metrics.items()}
+
+    def _schedule(self) -> None:
+        if self.config.actor_schedule == "cosine":
+            first, last = self.span
+            share = 0.5 * (1.0 + math.cos(math.pi * (self.steps - first) / (last - first)))
+            self.learner.knobs["lr/actor"].fill_(self.algorithm.learning_rate("actor", self.config) * share)
+
+    # -- results ------------------------------------------------------------------------------
+
+    def normalized(self, returns: np.ndarray | float) -> np.ndarray | None:
+        """D4RL's score of raw returns, where the data has reference scores."""
+        return normalized(self.info, returns)
+
+    def _env_name(self) -> str:
+        return Path(self.info.id).stem if self.info.path else self.info.id
+
+    # -- state --------------------------------------------------------------------------------
+
+    def document(self) -> dict[str, Any]:
+        return super().document() | {
+            "data": {**info_document(self.info), "rows": self.fingerprint, "reward_map": self.reward_map}
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], env: Any, settings: dict[str, Any]) -> Self:
+        return cls(env, seed=document["seed"], document=document, **settings)
+
+
+def fingerprint(data: Dataset) -> dict[str, Any]:
+    """What tells whether two datasets are the same one: cheap, and no proof."""
+    ends = np.flatnonzero(data.ends)
+    return {"steps": len(data), "episodes": len(ends), "reward_sum": float(np.sum(data.rewards, dtype=np.float64))}
+
+
+def info_document(info: DatasetInfo) -> dict[str, Any]:
+    """``info`` as JSON values."""
+    return dict(runfolder.plain(info))
+
+
+def info_from(document: Mapping[str, Any]) -> DatasetInfo:
+    """The inverse of :func:`info_document`."""
+    known = {k: v for k, v in document.items() if k not in ("rows", "reward_map")}
+    env = known.pop("env", None)
+    if env is not None:
+        env = EnvSpec(**{**env, "wrappers": tuple((path, dict(kwargs)) for path, kwargs in env["wrappers"])})
+    return DatasetInfo(env=env, **known)
+
+
+def shapes(space: gym.Space) -> Any:
+    """Shape of a space, by key where it is a Dict."""
+    return {k: shapes(s) for k, s in space.spaces.items()} if isinstance(space, gym.spaces.Dict) else space.shape

@@ -1,0 +1,37 @@
+"""The settings of the offline loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ctrlrl.engine.transition_config import TransitionConfig
+
+
+@dataclass(frozen=True)
+class OfflineConfig(TransitionConfig):
+    """Draw from recorded data, update: everything but the method. A step is an update."""
+
+    dataset: str = ""
+    """D4RL or Minari id, or the path of a file."""
+    like: str | None = None
+    """D4RL id whose reference scores and environment are those of a file of your own."""
+    unfinished: Literal["error", "cut"] = "error"
+    """What to do with a last episode that has no end: refuse the data, or treat it as cut there. D4RL's own files end
+    so, and are always cut."""
+    memory_map: bool = False
+    """Keep the data in unnamed files of the run's folder instead of memory."""
+    checkpoint_every: int = 10_000
+    """Updates between checkpoints, rounded up to whole iterations and at least ten of them."""
+    eval_every: int | None = 50_000
+    """Updates between evaluations; None never evaluates."""
+    iteration_steps: int = 1_000
+    """Updates per line of the log; checkpoints and evaluations fall between two of these iterations."""
+    actor_schedule: Literal["constant", "cosine"] = "constant"
+    """Keep the actor's learning rate, or let it fall to 0 at the last update along half a cosine."""
+    scale_by_returns: bool = False
+    """Also divide rewards by the range of the episodes' returns and multiply by 1000, as IQL does on locomotion."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("iteration_steps")

@@ -1,0 +1,74 @@
+"""The coefficient of a policy's entropy, fixed or learned, for every method that has one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ctrlrl.engine.algorithm import Algorithm
+
+if TYPE_CHECKING:
+    from ctrlrl.engine.learner import Nets
+
+
+class Temperature(nn.Module):
+    """The entropy coefficient, exp of one parameter; calling it gives the log."""
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(initial).log())
+
+    def forward(self) -> Tensor:
+        return self.log
+
+
+@dataclass(frozen=True)
+class Soft(Algorithm):
+    """What the soft methods share: the coefficient of the entropy, fixed or learned."""
+
+    entropy_temp: float | None = None
+    """Coefficient of the policy's entropy (alpha); None learns it so that the entropy meets the target."""
+    entropy_temp_init: float = 1.0
+    """Where a learned coefficient starts."""
+    target_entropy: float | None = None
+    """Entropy in nats, of the squashed action, that a learned coefficient aims at; None is minus the number of
+    action dimensions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_entropy is not None and not math.isfinite(self.target_entropy):
+            raise ValueError(f"target_entropy={self.target_entropy} must be finite")
+        if self.entropy_temp is not None and not self.entropy_temp >= 0.0:
+            raise ValueError(f"entropy_temp={self.entropy_temp} must not be negative")
+        if not self.entropy_temp_init > 0.0:
+            raise ValueError(f"entropy_temp_init={self.entropy_temp_init} must be positive")
+
+    def temperature(self) -> dict[str, nn.Module]:
+        """The network of a learned coefficient."""
+        return {"temperature": Temperature(self.entropy_temp_init)} if self.entropy_temp is None else {}
+
+    def alpha(self, nets: Nets, like: Tensor) -> Tensor:
+        """The coefficient as it stands, a scalar of the type and device of ``like``."""
+        return nets["temperature"]().exp() if self.entropy_temp is None else like.new_full((), self.entropy_temp)
+
+    def adapt(self, nets: Nets, logp: Tensor, dims: int) -> dict[str, Tensor]:
+        """One step of a learned coefficient on -log(alpha) (logp + target).
+
+        Haarnoja et al. (2018b), eq. 18, with log(alpha) in place of alpha as their released code has it. ``logp`` [B]
+        is that of the policy before its own step.
+        """
+        if self.entropy_temp is not None:
+            return {}
+        target = -float(dims) if self.target_entropy is None else self.target_entropy
+        excess = (logp + target).detach()
+
+        def loss(log_alpha: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            value = -(log_alpha() * excess).mean()
+            return value, {"ent_coef_loss": value.detach()}
+
+        return nets.descend("temperature", loss)
