@@ -28,8 +28,14 @@ LARGE_BATCH, LARGE_BATCH_NETWORK, ENOUGH = 128, 100_000, 4
 
 
 def threads(policy: nn.Module, batch_size: int = 1) -> int:
-    """Torch threads for ``policy`` on the CPU: one for a small network without convolutions, else all cores."""
+    """Torch threads for ``policy`` on the CPU: one for a small network without convolutions, else all cores.
+
+    Never more than OMP_NUM_THREADS where it is set: beside other work, threads that wait for each other are many times
+    slower than one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    cores = min(cores, int(said)) if said.isdigit() and int(said) > 0 else cores
     size = sum(p.numel() for p in policy.parameters())
     if batch_size >= LARGE_BATCH and LARGE_BATCH_NETWORK <= size < SMALL_NETWORK:
         return min(cores, ENOUGH)
