@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ctrlrl import datasets as datasets
     from ctrlrl.api import available as available
     from ctrlrl.api import load as load
     from ctrlrl.api import make as make
@@ -157,6 +158,20 @@ if TYPE_CHECKING:
 
     class TD3(OffPolicyAgent): ...
 
+    class BC(OfflineAgent): ...
+
+    class CQL(OfflineAgent): ...
+
+    class DecisionTransformer(OfflineAgent): ...
+
+    class EDAC(OfflineAgent): ...
+
+    class IQL(OfflineAgent): ...
+
+    class ReBRAC(OfflineAgent): ...
+
+    class SACN(OfflineAgent): ...
+
     class TD3BC(OfflineAgent): ...
 
 
@@ -167,9 +182,12 @@ _LAZY = {
     "report": "ctrlrl.run.report",
     "EnvSpec": "ctrlrl.types",
 }
+_MODULES = ("datasets",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"ctrlrl.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name[:1].isupper():
@@ -184,4 +202,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from ctrlrl.api import agent_classes
 
-    return sorted({*globals(), *_LAZY, *agent_classes()})
+    return sorted({*globals(), *_LAZY, *_MODULES, *agent_classes()})

@@ -177,13 +177,13 @@ class RunLogger:
             "returns": [float(r) for r in returns], "lengths": [int(n) for n in lengths], **extra,
         }  # fmt: skip
         _append(self._evaluations, row)
-        self.log(
-            step,
-            {
-                "eval/mean_reward": sum(row["returns"]) / len(returns),
-                "eval/mean_ep_length": sum(row["lengths"]) / len(lengths),
-            },
-        )
+        means = {
+            "eval/mean_reward": sum(row["returns"]) / len(returns),
+            "eval/mean_ep_length": sum(row["lengths"]) / len(lengths),
+        }
+        if "normalized_score" in extra:
+            means["eval/normalized_score"] = extra["normalized_score"]
+        self.log(step, means)
 
     def flush(self) -> None:
         """Hand everything to the disk; called at each border, so that a checkpoint never lies ahead of its log."""

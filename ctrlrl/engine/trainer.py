@@ -305,7 +305,10 @@ class TrainedAgent(Agent):
         result = self.evaluate(self.config.eval_episodes)
         bar.update(self.steps, {"eval/mean_reward": result.mean})
         if log is not None:
-            extra = {"deterministic": True, "checkpoint": "current", "seeds": result.seeds.tolist()}
+            extra: dict[str, Any] = {"deterministic": True, "checkpoint": "current", "seeds": result.seeds.tolist()}
+            score = self.normalized(result.mean)
+            if score is not None:
+                extra["normalized_score"] = float(score)
             log.evaluation(self.steps, result.returns.tolist(), result.lengths.tolist(), extra)
         if result.mean > self.best:
             self.best = result.mean
@@ -324,6 +327,10 @@ class TrainedAgent(Agent):
 
     def _env_name(self) -> str:
         return self.env_spec.id if self.env_spec is not None else "live"
+
+    def normalized(self, returns: Any) -> np.ndarray | None:
+        """D4RL's score of raw returns, where there are reference scores for it."""
+        return None
 
     # -- state --------------------------------------------------------------------------------
 

@@ -54,10 +54,11 @@ class TransitionAgent(TrainedAgent):
 
     @classmethod
     def blueprint(
-        cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None, policy: str = "auto"
-    ) -> tuple[Any, Algorithm]:
-        """The settings of the loop and of the method, before the user's own."""
-        return build(algorithms.get(cls.method), {}, preset, loop=cls.loop)
+        cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None,
+        policy: str = "auto", settings: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, Algorithm]:  # fmt: skip
+        """The settings of the loop and of the method, before the user's own; ``settings`` are published ones."""
+        return build(algorithms.get(cls.method), settings or {}, preset, loop=cls.loop)
 
     @property
     def own(self) -> Algorithm:

@@ -1,20 +1,22 @@
-"""The command line: ctrlrl train | eval | play | report | list."""
+"""The command line: ctrlrl train | eval | play | report | data | ope | tuning | list."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from ctrlrl import names
+from ctrlrl.run.complaint import fail
 from ctrlrl.types import Backend
 
 if TYPE_CHECKING:
@@ -25,8 +27,15 @@ VERBS = {
     "eval": "evaluate a run: ctrlrl eval RUN --episodes 100",
     "play": "watch a run, or record it: ctrlrl play RUN --video agent.mp4",
     "report": "compare runs on one page: ctrlrl report RUN...",
+    "data": "recorded data: ctrlrl data list|info|make|convert|verify",
+    "ope": "estimate a run's return from data alone: ctrlrl ope RUN --dataset ID",
+    "tuning": "what choosing among runs costs in evaluations: ctrlrl tuning RUN...",
     "list": "what there is: ctrlrl list methods|losses|envs",
 }
+
+
+ELSEWHERE = {verb: f"ctrlrl.run.{verb}_cli" for verb in ("eval", "data", "ope", "tuning")}
+"""Verbs with a file of their own."""
 
 
 @dataclass(frozen=True)
@@ -60,38 +69,29 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Eval:
-    """Evaluate a run and print the returns."""
+class TrainOffline:
+    """What to learn from is --dataset; where to evaluate, and how long to train."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
-    episodes: int | None = None
-    """Whole episodes, each from a seed of its own; 100 by default. With --robust: in each cell, 1 by default."""
-    checkpoint: str = "last"
-    """last, best or interrupted."""
-    stochastic: bool = False
-    """Sample the actions instead of taking the mode."""
-    seed: int | None = None
-    """Seed of the episodes; the run's own by default."""
-    out: Path | None = None
-    """Also write the raw returns to this JSON file; --robust writes robust.json in the run folder by default."""
-    robust: bool = False
-    """Evaluate on a grid over the environment's uncertainty set: worst case, mean, and a picture."""
-    grid_points: int = 10
-    """With --robust: points of the grid in each dimension."""
-    grid_convention: Literal["m2td3", "rrls"] = "m2td3"
-    """With --robust: m2td3 includes the upper end of every range, rrls leaves it out."""
     env: str | None = None
-    """With --robust: evaluate on this id, for example ctrlrl/RobustHopper-v0 for a run on Hopper-v5. It needs the same
-    spaces and gets the run's wrappers."""
+    """Gymnasium id to evaluate in; the dataset's own by default."""
+    steps: int = 1_000_000
+    """Updates."""
+    seed: int = 0
+    """Seed of everything."""
     env_kwargs: str = "{}"
-    """With --robust: arguments of --env, or added to those of the run's environment, as JSON."""
-    plot: Path | None = None
-    """With --robust: where to draw the picture; robust.png in the run folder by default."""
-
-
-ROBUST = ("grid_points", "grid_convention", "env", "env_kwargs", "plot")
-"""Fields of Eval that need --robust."""
+    """Keyword arguments of the environment, as JSON."""
+    preset: str | None = None
+    """Named settings of the method (ctrlrl list methods shows them); other flags override it."""
+    published: bool = False
+    """Begin with the settings that are published for this method on this dataset; other flags override them."""
+    root: Path = Path("runs")
+    """Folder under which the run's folder is made."""
+    tags: Literal["sb3", "cleanrl", "rsl_rl"] = "sb3"
+    """Whose names TensorBoard and wandb show."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (extra: ctrlrl[wandb])."""
+    quiet: bool = False
+    """No progress display."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # so that mylosses:MyLoss is found here, as python -m ctrlrl finds it
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        return _fail(f"no verb {verb!r}.{names.hint(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
+        return fail(f"no verb {verb!r}.{names.hint(verb, VERBS)} Verbs: {', '.join(VERBS)}", 2)
     import gymnasium as gym
 
     from ctrlrl.engine.hooks import Interrupted
@@ -163,15 +163,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gym.error.Error,
     )  # fmt: skip
     try:
-        return {"train": _train, "eval": _eval, "play": _play, "report": _report, "list": _list}[verb](rest)
+        return _run(verb, rest)
     except Interrupted as stop:
         if stop.run_dir is None:
-            return _fail("stopped; nothing was saved, there is no run folder", 130)
+            return fail("stopped; nothing was saved, there is no run folder", 130)
         print(f"\nStopped at step {stop.steps:,}. The policy is saved.")
         print(f"Resume (from the last checkpoint) with: ctrlrl train --resume {stop.run_dir}")
         return 130
     except KeyboardInterrupt:
-        return _fail("stopped at once; ctrlrl train --resume RUN continues from the last checkpoint", 130)
+        return fail("stopped at once; ctrlrl train --resume RUN continues from the last checkpoint", 130)
     except expected as error:
         if os.environ.get("CTRLRL_TRACEBACK"):
             raise
@@ -179,57 +179,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notes = " ".join(getattr(error, "__notes__", []))
         # these may also come from a fault in an environment, a loss or here: say how to see where
         where = " (CTRLRL_TRACEBACK=1 shows where)" if type(error) in (TypeError, KeyError, RuntimeError) else ""
-        return _fail(f"{text} {notes}".strip() + where, 1)
+        return fail(f"{text} {notes}".strip() + where, 1)
+
+
+def _run(verb: str, words: list[str]) -> int:
+    if verb in ELSEWHERE:
+        return importlib.import_module(ELSEWHERE[verb]).main(words)
+    return {"train": _train, "play": _play, "report": _report, "list": _list}[verb](words)
 
 
 def _train(words: list[str]) -> int:
     from ctrlrl import api
+    from ctrlrl.engine.offline import OfflineAgent
 
     if any(w == "--resume" or w.startswith("--resume=") for w in words):
         return _resume(tyro.cli(Resume, args=words, prog="ctrlrl train"))
     if not words or words[0] in ("-h", "--help"):
-        print("usage: ctrlrl train METHOD --env ID [--steps N] [options]\n       ctrlrl train --resume RUN\n")
+        print("usage: ctrlrl train METHOD --env ID [--steps N] [options]")
+        print("       ctrlrl train METHOD --dataset ID_OR_FILE [--steps UPDATES] [options]")
+        print("       ctrlrl train METHOD --env ID --from OFFLINE_RUN [--steps N] [options]")
+        print("       ctrlrl train --resume RUN\n")
         print(f"methods: {', '.join(api.available('methods'))}")
         print("\nctrlrl train METHOD --help shows every hyper-parameter with its meaning and default.")
         return 0
     if words[0].startswith("-"):
-        return _fail("the method comes first: ctrlrl train METHOD --env ID", 2)
-    cls = api.get_method(words[0])
-    run, settings = _parse_training(cls, words[1:])
+        return fail("the method comes first: ctrlrl train METHOD --env ID", 2)
+    # from is a word of the language, so the setting is called otherwise
+    words = [re.sub(r"^--from(?=$|=)", "--start-from", w) for w in words]
+    online = _value(words, "--start-from", None) is not None and _value(words, "--dataset", None) is None
+    cls = api.get_method(words[0], online)
+    offline = issubclass(cls, OfflineAgent)
+    run, settings = _parse_training(cls, words[1:], TrainOffline if offline else Train)
     try:
         env_kwargs = json.loads(run.env_kwargs)
     except ValueError as error:
-        return _fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"ctrl_cost_weight\": 0.1}}'", 2)
+        return fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"ctrl_cost_weight\": 0.1}}'", 2)
     if not isinstance(env_kwargs, dict):
-        return _fail(f"--env-kwargs is {run.env_kwargs}, expected names and values: --env-kwargs '{{\"name\": 1}}'", 2)
-    agent = cls(run.env, seed=run.seed, n_envs=run.n_envs, backend=run.backend, env_kwargs=env_kwargs, **settings)
+        return fail(f"--env-kwargs is {run.env_kwargs}, expected names and values: --env-kwargs '{{\"name\": 1}}'", 2)
+    width = {} if offline else {"n_envs": run.n_envs, "backend": run.backend}
+    agent: Any = cls(run.env, seed=run.seed, env_kwargs=env_kwargs, **width, **settings)
     wandb = None if run.wandb is None else {"project": run.wandb}
     agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb, tags=run.tags)
     return _finish(agent)
 
 
-def _parse_training(cls: AgentClass, words: list[str]) -> tuple[Train, dict[str, Any]]:
+def _value(words: list[str], flag: str, default: Any) -> Any:
+    """What follows ``flag``, before the words are parsed."""
+    for i, word in enumerate(words):
+        if word == flag and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return default
+
+
+def _parse_training(cls: AgentClass, words: list[str], kind: type[Any]) -> tuple[Any, dict[str, Any]]:
     """Flags of the run, the loop, the network and the method in one flat parser, over the method's defaults."""
     from ctrlrl.engine.config import flat
 
-    def value(flag: str, default: Any) -> Any:
-        for i, word in enumerate(words):
-            if word == flag and i + 1 < len(words):
-                return words[i + 1]
-            if word.startswith(f"{flag}="):
-                return word.partition("=")[2]
-        return default
-
     try:
-        env_kwargs = json.loads(value("--env-kwargs", "{}"))
+        env_kwargs = json.loads(_value(words, "--env-kwargs", "{}"))
     except ValueError:
         env_kwargs = {}  # said when the run begins
-    config, own = cls.blueprint(value("--preset", None), value("--env", ""), env_kwargs, value("--policy", "auto"))
+    preset = _value(words, "--preset", None)
+    run: dict[str, Any] = {}
+    if "--published" in words:
+        run["default"], (config, own) = _published(cls, _value(words, "--dataset", ""), preset)
+    else:
+        config, own = cls.blueprint(preset, _value(words, "--env", ""), env_kwargs, _value(words, "--policy", "auto"))
     plain = tyro.conf.OmitArgPrefixes
     parser = dataclasses.make_dataclass(
         "Training",
         [
-            ("run", plain[Train]),
+            ("run", plain[kind], dataclasses.field(**run)),
             ("own", plain[type(own)], dataclasses.field(default=own)),
             ("loop", plain[type(config)], dataclasses.field(default=config)),
         ],
@@ -238,6 +260,14 @@ def _parse_training(cls: AgentClass, words: list[str]) -> tuple[Train, dict[str,
     about = getattr(own, "paper", own.__doc__)
     parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {cls.method}", description=about)
     return parsed.run, flat(parsed.loop) | flat(parsed.own)
+
+
+def _published(cls: Any, dataset: str, preset: str | None) -> tuple[TrainOffline, tuple[Any, Any]]:
+    """Defaults of the run, the loop and the method with the settings published for ``dataset``."""
+    from ctrlrl.engine.published import published
+
+    found = published(cls.method, dataset)
+    return TrainOffline(steps=found.updates), cls.blueprint(preset, settings=found.settings)
 
 
 def _resume(options: Resume) -> int:
@@ -260,108 +290,10 @@ def _finish(agent: Any) -> int:
     if evaluations:
         returns = evaluations[-1]["returns"]
         mean = sum(returns) / len(returns)
-        print(f"Last evaluation: mean return {mean:.1f} over {len(returns)} deterministic episodes.")
+        score = agent.normalized(mean)
+        normalized = "" if score is None else f" (D4RL-normalised {score:.1f})"
+        print(f"Last evaluation: mean return {mean:.1f}{normalized} over {len(returns)} deterministic episodes.")
     print(f"Look at it: ctrlrl report {agent.run_dir}")
-    return 0
-
-
-def _eval(words: list[str]) -> int:
-    from ctrlrl import api
-    from ctrlrl.engine.runfolder import write_json
-
-    options = tyro.cli(Eval, args=words, prog="ctrlrl eval")
-    if options.robust:
-        return _eval_robust(options)
-    asked = [f.name for f in dataclasses.fields(Eval) if f.name in ROBUST and getattr(options, f.name) != f.default]
-    if asked:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-        return _fail(f"{flags} is for evaluations over an uncertainty set: add --robust", 2)
-    agent = api.load(options.run, options.checkpoint)
-    episodes = 100 if options.episodes is None else options.episodes
-    result = agent.evaluate(episodes, deterministic=not options.stochastic, seed=options.seed)
-    if options.out is not None:
-        write_json(
-            options.out,
-            {
-                "run": options.run,
-                "checkpoint": options.checkpoint,
-                "steps": agent.steps,
-                "deterministic": not options.stochastic,
-                "returns": result.returns,
-                "lengths": result.lengths,
-                "seeds": result.seeds,
-            },
-        )
-    kind = "stochastic" if options.stochastic else "deterministic"
-    print(
-        f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint at {agent.steps:,} steps, "
-        f"{episodes} {kind} episodes"
-    )
-    low, middle, high = np.quantile(result.returns, (0.0, 0.5, 1.0))
-    print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")
-    print(f"  lowest {low:.2f}, median {middle:.2f}, highest {high:.2f}")
-    return 0
-
-
-def _eval_robust(options: Eval) -> int:
-    from rich.console import Console
-
-    from ctrlrl import api
-    from ctrlrl.engine import runfolder
-    from ctrlrl.run import robust_figures
-
-    try:
-        env_kwargs = json.loads(options.env_kwargs)
-    except ValueError as error:
-        return _fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"friction\": 0.1}}'", 2)
-    if not isinstance(env_kwargs, dict):
-        return _fail(f"--env-kwargs is {options.env_kwargs}, expected names and values in braces", 2)
-    agent = api.load(options.run, options.checkpoint)
-    out, plot = options.out or options.run / "robust.json", options.plot or options.run / "robust.png"
-    for path in (out, plot):
-        if not path.parent.is_dir():
-            return _fail(f"{path.parent} does not exist; make it, or write {path.name} elsewhere", 1)
-    episodes, deterministic = 1 if options.episodes is None else options.episodes, not options.stochastic
-    result = agent.evaluate_robust(
-        options.grid_points,
-        episodes,
-        options.grid_convention,
-        deterministic,
-        options.seed,
-        options.env,
-        env_kwargs,
-    )
-    name = options.env or agent._env_name()
-    about = {
-        "run": options.run,
-        "checkpoint": options.checkpoint,
-        "steps": agent.steps,
-        "env": name,
-        "env_kwargs": env_kwargs,
-        "grid_convention": options.grid_convention,
-        "deterministic": deterministic,
-    }
-    runfolder.write_json(out, about | result.document())
-    plot.write_bytes(robust_figures.picture(result, f"{agent.method} on {name}"))
-    shape = " x ".join(str(len(axis)) for axis in result.axes)
-    kind = "deterministic" if deterministic else "stochastic"
-
-    def at(params: Mapping[str, float]) -> str:
-        return ", ".join(f"{key} {value:.4g}" for key, value in params.items())
-
-    print(
-        f"{agent.method} on {name}, {options.checkpoint} checkpoint at {agent.steps:,} steps, grid of {shape} "
-        f"({options.grid_convention}), {episodes} {kind} episode{'s' if episodes > 1 else ''} in each cell"
-    )
-    print(f"  worst case {result.worst:.2f} at {at(result.worst_params)}")
-    print(f"  mean {result.mean:.2f}, standard deviation over cells {result.std:.2f}")
-    print(f"  nominal {result.nominal_mean:.2f} at {at(result.nominal)}")
-    table = robust_figures.table(result)
-    if table is not None:
-        across, up = result.names
-        print(f"  across: {across}, upwards: {up}, *: worst case")
-        Console().print(table)
-    print(f"Picture: {plot}\nReturns: {out}")
     return 0
 
 
@@ -388,7 +320,7 @@ def _report(words: list[str]) -> int:
 
     options = tyro.cli(Report, args=words, prog="ctrlrl report")
     if not options.runs:
-        return _fail("name one run folder at least: ctrlrl report RUN...", 2)
+        return fail("name one run folder at least: ctrlrl report RUN...", 2)
     page = report(find_runs(options.runs), options.out)
     print(f"Report: {page}")
     return 0
@@ -398,12 +330,7 @@ def _list(words: list[str]) -> int:
     from ctrlrl.run.listing import show
 
     complaint = show(words)
-    return _fail(complaint, 2) if complaint else 0
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"ctrlrl: {message}", file=sys.stderr)
-    return status
+    return fail(complaint, 2) if complaint else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""``ctrlrl eval``: episodes of a run's policy, or a grid over an uncertainty set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from ctrlrl.run.complaint import fail
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run and print the returns."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    episodes: int | None = None
+    """Whole episodes, each from a seed of its own; 100 by default. With --robust: in each cell, 1 by default."""
+    checkpoint: str = "last"
+    """last, best or interrupted."""
+    stochastic: bool = False
+    """Sample the actions instead of taking the mode."""
+    seed: int | None = None
+    """Seed of the episodes; the run's own by default."""
+    out: Path | None = None
+    """Also write the raw returns to this JSON file; --robust writes robust.json in the run folder by default."""
+    robust: bool = False
+    """Evaluate on a grid over the environment's uncertainty set: worst case, mean, and a picture."""
+    grid_points: int = 10
+    """With --robust: points of the grid in each dimension."""
+    grid_convention: Literal["m2td3", "rrls"] = "m2td3"
+    """With --robust: m2td3 includes the upper end of every range, rrls leaves it out."""
+    env: str | None = None
+    """With --robust: evaluate on this id, for example ctrlrl/RobustHopper-v0 for a run on Hopper-v5. It needs the same
+    spaces and gets the run's wrappers."""
+    env_kwargs: str = "{}"
+    """With --robust: arguments of --env, or added to those of the run's environment, as JSON."""
+    plot: Path | None = None
+    """With --robust: where to draw the picture; robust.png in the run folder by default."""
+
+
+ROBUST = ("grid_points", "grid_convention", "env", "env_kwargs", "plot")
+"""Fields of Eval that need --robust."""
+
+
+def main(words: list[str]) -> int:
+    """Evaluate as ``words`` say; returns the exit status."""
+    from ctrlrl import api
+    from ctrlrl.engine.runfolder import write_json
+
+    options = tyro.cli(Eval, args=words, prog="ctrlrl eval")
+    if options.robust:
+        return _eval_robust(options)
+    asked = [f.name for f in dataclasses.fields(Eval) if f.name in ROBUST and getattr(options, f.name) != f.default]
+    if asked:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        return fail(f"{flags} is for evaluations over an uncertainty set: add --robust", 2)
+    agent = api.load(options.run, options.checkpoint)
+    episodes = 100 if options.episodes is None else options.episodes
+    result = agent.evaluate(episodes, deterministic=not options.stochastic, seed=options.seed)
+    if options.out is not None:
+        write_json(
+            options.out,
+            {
+                "run": options.run,
+                "checkpoint": options.checkpoint,
+                "steps": agent.steps,
+                "deterministic": not options.stochastic,
+                "returns": result.returns,
+                "normalized": agent.normalized(result.returns),
+                "lengths": result.lengths,
+                "seeds": result.seeds,
+            },
+        )
+    kind = "stochastic" if options.stochastic else "deterministic"
+    print(
+        f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint at {agent.steps:,} steps, "
+        f"{episodes} {kind} episodes"
+    )
+    low, middle, high = np.quantile(result.returns, (0.0, 0.5, 1.0))
+    print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")
+    print(f"  lowest {low:.2f}, median {middle:.2f}, highest {high:.2f}")
+    scores = agent.normalized(result.returns)
+    if scores is not None:
+        print(f"  D4RL-normalised score {scores.mean():.1f}, standard error {scores.std() / len(scores) ** 0.5:.1f}")
+    best = _best(agent, options)
+    if best:
+        print(best)
+    return 0
+
+
+def _best(agent: Any, options: Eval) -> str:
+    """What the best of the evaluations during training was: chosen by these numbers, so no fair score."""
+    from ctrlrl.engine.runfolder import read_evaluations
+
+    evaluations = read_evaluations(options.run)
+    if options.checkpoint != "last" or not evaluations:
+        return ""
+    best = max(evaluations, key=lambda line: np.mean(line["returns"]))
+    mean, scores = np.mean(best["returns"]), agent.normalized(best["returns"])
+    score = "" if scores is None else f", score {scores.mean():.1f}"
+    return (
+        f"  best evaluation during training: mean {mean:.2f}{score} over {len(best['returns'])} episodes at step "
+        f"{best['step']:,} (chosen by its own number)"
+    )
+
+
+def _eval_robust(options: Eval) -> int:
+    from rich.console import Console
+
+    from ctrlrl import api
+    from ctrlrl.engine import runfolder
+    from ctrlrl.run import robust_figures
+
+    try:
+        env_kwargs = json.loads(options.env_kwargs)
+    except ValueError as error:
+        return fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"friction\": 0.1}}'", 2)
+    if not isinstance(env_kwargs, dict):
+        return fail(f"--env-kwargs is {options.env_kwargs}, expected names and values in braces", 2)
+    agent = api.load(options.run, options.checkpoint)
+    out, plot = options.out or options.run / "robust.json", options.plot or options.run / "robust.png"
+    for path in (out, plot):
+        if not path.parent.is_dir():
+            return fail(f"{path.parent} does not exist; make it, or write {path.name} elsewhere", 1)
+    episodes, deterministic = 1 if options.episodes is None else options.episodes, not options.stochastic
+    result = agent.evaluate_robust(
+        options.grid_points,
+        episodes,
+        options.grid_convention,
+        deterministic,
+        options.seed,
+        options.env,
+        env_kwargs,
+    )
+    name = options.env or agent._env_name()
+    about = {
+        "run": options.run,
+        "checkpoint": options.checkpoint,
+        "steps": agent.steps,
+        "env": name,
+        "env_kwargs": env_kwargs,
+        "grid_convention": options.grid_convention,
+        "deterministic": deterministic,
+    }
+    runfolder.write_json(out, about | result.document())
+    plot.write_bytes(robust_figures.picture(result, f"{agent.method} on {name}"))
+    shape = " x ".join(str(len(axis)) for axis in result.axes)
+    kind = "deterministic" if deterministic else "stochastic"
+
+    def at(params: Mapping[str, float]) -> str:
+        return ", ".join(f"{key} {value:.4g}" for key, value in params.items())
+
+    print(
+        f"{agent.method} on {name}, {options.checkpoint} checkpoint at {agent.steps:,} steps, grid of {shape} "
+        f"({options.grid_convention}), {episodes} {kind} episode{'s' if episodes > 1 else ''} in each cell"
+    )
+    print(f"  worst case {result.worst:.2f} at {at(result.worst_params)}")
+    print(f"  mean {result.mean:.2f}, standard deviation over cells {result.std:.2f}")
+    print(f"  nominal {result.nominal_mean:.2f} at {at(result.nominal)}")
+    table = robust_figures.table(result)
+    if table is not None:
+        across, up = result.names
+        print(f"  across: {across}, upwards: {up}, *: worst case")
+        Console().print(table)
+    print(f"Picture: {plot}\nReturns: {out}")
+    return 0
+
+
