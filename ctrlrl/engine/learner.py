@@ -45,10 +45,11 @@ class Nets:
         views = dict(zip(names, values, strict=True)) if self._split else flat.views(values[0])
         return lambda *inputs, **named: torch.func.functional_call(module, views, inputs, named, tie_weights=False)
 
-    def descend(self, name: str, loss: Loss) -> dict[str, Tensor]:
+    def descend(self, name: str, loss: Loss, weight_decay: float = 0.0) -> dict[str, Tensor]:
         """One Adam step of the network ``name`` on ``loss(network) -> (scalar, anything to return)``.
 
-        Adam is that of Kingma and Ba (2015) with torch.optim.Adam's arithmetic.
+        Adam is that of Kingma and Ba (2015) with torch.optim.Adam's arithmetic. ``weight_decay`` takes away that share
+        of the parameters, times the learning rate: AdamW (Loshchilov and Hutter 2019).
         """
         state, rate = self._state, self._knobs[f"lr/{name}"]
         (clock,), (bias,) = state[f"{name}/clock"], state[f"{name}/bias"]
@@ -60,6 +61,8 @@ class Nets:
         for p, m, v, g in zip(state[name], state[f"{name}/m"], state[f"{name}/v"], grads, strict=True):
             m.lerp_(g, 0.1)
             v.mul_(0.999).addcmul_(g, g, value=0.001)
+            if weight_decay:
+                p.mul_(1.0 - rate * weight_decay)
             p.sub_(rate / bias[0] * m / v.sqrt().div_(bias[1].sqrt()).add_(self._config.adam_eps))
         clock.add_(1.0)
         # for the next step: the compiler would repeat a power that it meets above for every parameter
