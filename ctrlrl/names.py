@@ -72,8 +72,8 @@ class Registry(Generic[B]):
         """
         if ":" in name:
             return self._load(name)
-        known = self.names()
-        if name not in self._found:
+        # looking for them all is slow
+        if name not in self._found and name not in (known := self.names()):
             raise KeyError(f"no {self.what} named {name!r}.{hint(name, known)} Known: {', '.join(known)}")
         return self._found[name]
 

@@ -146,6 +146,7 @@ class OfflineAlgorithm(Algorithm):
     def columns(self, data: Dataset, gamma: float) -> Mapping[str, np.ndarray]:
         """Further columns of the batches (``batch.extras``), each [N, ...] with a row for every step of ``data``.
 
+        ``data.action_space`` holds the bounds of the environment's actions (see ``offline_rows.to_unit``).
         A method that has some cannot go on in an environment (``start_from``), where nobody computes them.
         """
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -75,7 +76,9 @@ class OfflineAgent(TransitionAgent):
         self.seed = int(seed)
         self._dataset = dataset if isinstance(dataset, Dataset) else None
         if dataset is not None:
-            settings["dataset"] = dataset.info.id if isinstance(dataset, Dataset) else str(dataset)
+            settings["dataset"] = dataset.info.path or dataset.info.id if isinstance(dataset, Dataset) else str(dataset)
+            if isinstance(dataset, Dataset) and "like" in dataset.info.about:
+                settings.setdefault("like", dataset.info.about["like"])
         if document is None:
             self._dataset = self._dataset or self._load(settings)
             self.info = self._dataset.info
@@ -97,14 +100,14 @@ class OfflineAgent(TransitionAgent):
     def data(self) -> Dataset:
         """The dataset as it was loaded; read again where this agent was itself loaded."""
         if self._dataset is None:
-            self._dataset = self._load({k: getattr(self.config, k) for k in ("dataset", "like", "unfinished")})
-            found = fingerprint(self._dataset)
-            if found != self.fingerprint:
-                raise DatasetError(
-                    f"{self.config.dataset} is not the data that this run began with: found {found}, "
-                    f"expected {self.fingerprint}"
-                )
+            # that an end was missing has been said when the run began
+            self._dataset = self._load({"dataset": self.config.dataset, "like": self.config.like, "unfinished": "cut"})
+            _refuse_other(self.config.dataset, fingerprint(self._dataset), self.fingerprint)
         return self._dataset
+
+    def _compare(self, run_dir: str | os.PathLike[str]) -> None:
+        super()._compare(run_dir)
+        _refuse_other(self.config.dataset, self.fingerprint, runfolder.read_config(run_dir)["data"]["rows"])
 
     def _load(self, settings: Mapping[str, Any]) -> Dataset:
         from ctrlrl.data.load import load
@@ -241,7 +244,7 @@ class OfflineAgent(TransitionAgent):
 
     # -- results ------------------------------------------------------------------------------
 
-    def normalized(self, returns: np.ndarray | float) -> np.ndarray | None:
+    def normalized(self, returns: Any) -> np.ndarray | None:
         """D4RL's score of raw returns, where the data has reference scores."""
         return normalized(self.info, returns)
 
@@ -264,6 +267,11 @@ def fingerprint(data: Dataset) -> dict[str, Any]:
     """What tells whether two datasets are the same one: cheap, and no proof."""
     ends = np.flatnonzero(data.ends)
     return {"steps": len(data), "episodes": len(ends), "reward_sum": float(np.sum(data.rewards, dtype=np.float64))}
+
+
+def _refuse_other(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if found != expected:
+        raise DatasetError(f"{name} is not the data that this run began with: found {found}, expected {expected}")
 
 
 def info_document(info: DatasetInfo) -> dict[str, Any]:

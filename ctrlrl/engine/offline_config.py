@@ -28,7 +28,8 @@ class OfflineConfig(TransitionConfig):
     iteration_steps: int = 1_000
     """Updates per line of the log; checkpoints and evaluations fall between two of these iterations."""
     actor_schedule: Literal["constant", "cosine"] = "constant"
-    """Keep the actor's learning rate, or let it fall to 0 at the last update along half a cosine."""
+    """Keep the actor's learning rate, or let it fall to 0 at the last update along half a cosine, in steps of
+    ``updates_per_graph``."""
     scale_by_returns: bool = False
     """Also divide rewards by the range of the episodes' returns and multiply by 1000, as IQL does on locomotion."""
 

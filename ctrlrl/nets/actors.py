@@ -57,7 +57,7 @@ class Features(nn.Module):
     def __init__(self, space: gym.Space, network: QNetworkConfig, encoder: Callable[..., nn.Module] | None) -> None:
         super().__init__()
         self.preprocess = Preprocess(space, normalize=False, clip=0.0)
-        if network.normalize_obs:
+        if network.normalize_obs and self.preprocess.float_size:
             self.preprocess.normalizer = ObsScaling(self.preprocess.float_size)
         build = encoder or (None if network.encoder is None else names.load(network.encoder, "encoder"))
         self.encoder = build(space) if build else Encoder(self.preprocess, network.image_features)

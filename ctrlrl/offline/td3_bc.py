@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class TD3BC(OfflineAlgorithm):
-    """Deterministic policy gradient, its scale fixed by the critic's own, plus a squared error to the data's actions."""
+    """Deterministic policy gradient, scaled by the size of the values, plus the squared distance to the data's actions.
+
+    alpha = 0 is behaviour cloning (see bc).
+    """
 
     paper: ClassVar[str] = "A Minimalist Approach to Offline Reinforcement Learning, arXiv:2106.06860"
     differs: ClassVar[str] = (
@@ -62,9 +65,7 @@ class TD3BC(OfflineAlgorithm):
         shape = (n, batch_size, action_size)
         return {"next_action": torch.randn(shape, generator=generator, device=generator.device)}
 
-    def networks(
-        self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None
-    ) -> Networks:
+    def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         actor = DeterministicActor(
             spaces.observation, spaces.action, config.network, encoder=encoder, exploration_noise=self.exploration_noise
         )

@@ -243,8 +243,13 @@ def _parse_training(cls: AgentClass, words: list[str], kind: type[Any]) -> tuple
         env_kwargs = {}  # said when the run begins
     preset = _value(words, "--preset", None)
     run: dict[str, Any] = {}
+    source = _value(words, "--start-from", None)
     if "--published" in words:
         run["default"], (config, own) = _published(cls, _value(words, "--dataset", ""), preset)
+    elif source is not None:
+        from ctrlrl.engine.prior import settings_of
+
+        config, own = cls.blueprint(preset, settings=settings_of(source))  # type: ignore[call-arg]
     else:
         config, own = cls.blueprint(preset, _value(words, "--env", ""), env_kwargs, _value(words, "--policy", "auto"))
     plain = tyro.conf.OmitArgPrefixes

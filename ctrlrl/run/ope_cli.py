@@ -86,6 +86,8 @@ def main(words: Sequence[str]) -> int:
         soft_wrap=True,
     )
     console.print(table(found, options.confidence))
+    for line in notes(found):
+        console.print(escape(line), style="dim")
     for line in _beside(true, options, data):
         console.print(line, soft_wrap=True)
     if options.out is not None:
@@ -101,26 +103,27 @@ def measured(run: Path, steps: int) -> dict[str, Any] | None:
 
 def table(found: Mapping[str, Estimate], confidence: float) -> Table:
     """One row per method."""
-    result = Table(title="Value of the policy, from data alone", show_lines=True)
-    result.add_column("Method")
-    for name in ("Estimate", f"{100 * confidence:g} % interval", "Student", "Effective episodes"):
+    result = Table(title="Value of the policy, from data alone", box=None, title_justify="left", pad_edge=False)
+    result.add_column("")
+    for name in ("estimate", f"{100 * confidence:g} % interval", "Student", "effective"):
         result.add_column(name, justify="right")
-    result.add_column("Note", overflow="fold")
     for name, one in found.items():
         if one.value is None:
-            result.add_row(f"{name}: {MEANINGS[name]}", "refused", "", "", "", escape(one.note))
+            result.add_row(f"{name}: {MEANINGS[name]}", "refused")
             continue
         size = "" if one.effective_sample_size is None else f"{one.effective_sample_size:.1f} of {one.n_episodes:,}"
         ends = (one.low, one.high)
-        result.add_row(
-            f"{name}: {MEANINGS[name]}",
-            f"{one.value:.4g}",
-            _interval(ends),
-            _interval(one.student),
-            size,
-            escape(one.note),
-        )
+        row = (f"{one.value:.4g}", _interval(ends), _interval(one.student), size)
+        result.add_row(f"{name}: {MEANINGS[name]}", *row)
     return result
+
+
+def notes(found: Mapping[str, Estimate]) -> list[str]:
+    """What each estimate is of, and what it rests on; methods that say the same share a line."""
+    said: dict[str, list[str]] = {}
+    for name, one in found.items():
+        said.setdefault(one.note, []).append(name)
+    return [f"{', '.join(methods)}: {note}." for note, methods in said.items() if note]
 
 
 def document(options: Ope, found: Mapping[str, Estimate], true: Mapping[str, Any] | None, steps: int) -> dict[str, Any]:

@@ -124,16 +124,17 @@ def table(groups: Sequence[Group], costs: Sequence[TuningCost]) -> Table:
     found = Table(
         title="Value of the policy that one would deploy after so many evaluation episodes",
         caption="mean over trials, and the range of 95 % of them; 'spent' counts evaluation episodes during training",
-    )
-    for name in ("Environment", "Method", "Policies", "Spent", *(str(n) for n in after), "Best"):
-        found.add_column(name, justify="left" if name in ("Environment", "Method") else "right")
-    for group, cost in zip(groups, costs, strict=True):
-        cells = ["{:.4g}\n[dim]{:.4g} to {:.4g}[/dim]".format(*cost.after(n)) for n in after]
-        best = max(float(r.mean()) for r in group.returns)
-        method = group.method + (" (score)" if group.scored else "")
-        found.add_row(
-            escape(group.env), escape(method), str(cost.candidates), f"{group.spent:,}", *cells, f"{best:.4g}"
-        )
+        box=None, title_justify="left", caption_justify="left",
+    )  # fmt: skip
+    found.add_column("")
+    for group in groups:
+        found.add_column(escape(f"{group.method}\n{group.env}\n{'D4RL score' if group.scored else 'return'}"))
+    found.add_row("policies", *(str(cost.candidates) for cost in costs))
+    found.add_row("spent", *(f"{group.spent:,}" for group in groups))
+    for n in after:
+        cells = ("{:.4g} [dim]{:.4g} to {:.4g}[/dim]".format(*cost.after(n)) for cost in costs)
+        found.add_row(f"after {n}", *cells)
+    found.add_row("best", *(f"{max(float(r.mean()) for r in group.returns):.4g}" for group in groups))
     return found
 
 

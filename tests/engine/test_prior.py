@@ -13,10 +13,10 @@ import ctrlrl
 from ctrlrl import api
 from ctrlrl.data import d4rl
 from ctrlrl.data.dataset import Dataset, DatasetInfo
+from ctrlrl.data.transitions import Transitions
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.errors import CheckpointError
 from ctrlrl.engine.prior import mixed
-from ctrlrl.data.transitions import Transitions
 
 OFFLINE = {
     "batch_size": 8, "iteration_steps": 10, "actor_hidden": (8,), "critic_hidden": (8,), "device": "cpu", "threads": 1,
@@ -125,7 +125,7 @@ def test_stopped_and_resumed_equals_never_stopped(run, tmp_path):
 
 
 def test_other_policies_are_refused_in_words(run):
-    with pytest.raises(CheckpointError, match="sac cannot go on with the actor of td3_bc.*td3_bc itself"):
+    with pytest.raises(CheckpointError, match=r"sac cannot go on with the actor of td3_bc.*td3_bc itself"):
         online("sac", run)
 
 
