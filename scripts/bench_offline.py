@@ -12,7 +12,7 @@ repetitions), and the differences of ours and d3rlpy's with theirs.
 
 Each run is a shard (one JSON file); a later call adds the missing ones and merges all.
 
-    python scripts/bench_offline.py --minutes 120 --out bench/offline
+    python scripts/bench_offline.py --minutes 60 --out bench/offline
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def plot(merged: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=120.0, help="no new run is started after this")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no new run is started after this")
     parser.add_argument("--envs", nargs="+", default=list(ENVS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)

@@ -73,6 +73,7 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     for language, block in FENCED:
         if language == "python" and (name := re.match(r"# (\w+\.py)\n", block)):
             (tmp_path / name[1]).write_text(block)
+    monkeypatch.setattr("ctrlrl.engine.prior.settings_of", lambda folder: {})
     verb, *words = shlex.split(command.replace("RUN...", "RUN"))
     assert verb in cli.VERBS
     if "--help" in words:

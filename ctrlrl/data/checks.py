@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ctrlrl.data import d4rl_metadata
 from ctrlrl.data.d4rl_catalogue import Entry, entry
 from ctrlrl.data.dataset import DatasetError
 
@@ -86,7 +87,12 @@ def problems(
     try:
         with opened(path) as file:
             columns = structure(file, report, like_entry)
-            contents(columns, report, *action_bounds(file, report), unfinished=unfinished)
+            before = len(report)
+            d4rl_metadata.check(file, columns, report)
+            sound = len(report) == before and "actions" in columns
+            bounds = d4rl_metadata.bounds(file, "action", columns["actions"]) if sound else None
+            d4rl_metadata.check_stated(file, report)
+            contents(columns, report, bounds, unfinished=unfinished, stated=d4rl_metadata.NEXT_KNOWN in file)
     except DatasetError as error:
         report.error("", str(error).removeprefix(f"{path}: "))
     return sorted(report, key=lambda p: p.severity != "error")
@@ -127,18 +133,25 @@ def import_h5py() -> Any:
     return h5py
 
 
-def _refuse_links(group: Any, path: str) -> None:
+def _refuse_links(file: Any, path: str) -> None:
     """A file from elsewhere must not make us read other files: hard links and storage of its own only."""
     h5py = import_h5py()
-    for name in group:
-        key = f"{group.name.rstrip('/')}/{name}"[1:]
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise DatasetError(f"{path}: {key} is a link; expected the rows themselves. Copy them into the file")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            _refuse_links(item, path)
-        elif isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
-            raise DatasetError(f"{path}: {key} lies outside of the file; expected the rows in it. Copy them into it")
+    groups, seen = [file], set()
+    while groups:
+        group = groups.pop()
+        address = h5py.h5o.get_info(group.id).addr
+        if address in seen:  # hard links may lead back
+            continue
+        seen.add(address)
+        for name in group:
+            key = f"{group.name.rstrip('/')}/{name}"[1:]
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise DatasetError(f"{path}: {key} is a link; expected the rows themselves. Copy them into the file")
+            item = group[name]
+            if isinstance(item, h5py.Group):
+                groups.append(item)
+            elif isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+                raise DatasetError(f"{path}: {key} lies outside of the file; expected the rows in it. Copy them there")
 
 
 def structure(file: Any, report: Report, like: Entry | None) -> Columns:
@@ -217,27 +230,23 @@ def _lengths(columns: Columns, report: Report) -> None:
         del columns["next_observations"]
 
 
-def action_bounds(file: Any, report: Report) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest and largest action: metadata/action_low and metadata/action_high, else D4RL's -1 and 1."""
-    bounds = []
-    for key, usual in (("metadata/action_low", -1.0), ("metadata/action_high", 1.0)):
-        value = np.asarray(file[key][()] if key in file else usual)
-        if value.dtype.kind not in "fiu" or value.size > 1_000_000:
-            report.error(key, f"holds {value.dtype} of shape {value.shape}; expected one number, or one per dimension")
-            value = np.asarray(usual)
-        bounds.append(value)
-    return bounds[0], bounds[1]
-
-
 def contents(
     columns: Mapping[str, Any],
     report: Report,
-    low: np.ndarray,
-    high: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray] | None,
     *,
     unfinished: Literal["error", "cut"] = "error",
+    stated: bool = False,
 ) -> None:
-    """Look through the rows of ``columns`` and enter what is wrong into ``report``."""
+    """Look through the rows of ``columns`` and enter what is wrong into ``report``.
+
+    Args:
+        columns: Arrays, or datasets of HDF5.
+        report: Where to enter it.
+        bounds: Smallest and largest action; None where they are not known.
+        unfinished: ``cut``: a last episode without an end is only noted.
+        stated: The file says which next observations are known.
+    """
     sound: Columns = {}
     for key, column in columns.items():
         try:
@@ -249,13 +258,18 @@ def contents(
         except OSError as error:  # a damaged chunk is met only when it is decompressed
             report.error(key, f"cannot be read ({error}); fetch the file again")
     actions = sound.get("actions")
-    if actions is not None and actions.dtype.kind == "f":
-        _outside(actions, low, high, report)
+    if actions is not None and bounds is not None:
+        _outside(actions, *bounds, report)
     if "terminals" in sound and "timeouts" in sound:
         _episodes(sound["terminals"], sound["timeouts"], report, unfinished)
         if "observations" in sound and "next_observations" in sound:
             ends = sound["terminals"] | sound["timeouts"]
             _jumps(sound["observations"], sound["next_observations"], ends, report)
+            cuts = sound["timeouts"] & ~sound["terminals"]
+            first = None if stated else shifted(sound["observations"], sound["next_observations"], cuts)
+            if first is not None:
+                text = "is the observation of the next row, though a timeout ends the episode; not read as known there"
+                report.note("next_observations", text, first)
 
 
 def blocks(column: Any) -> Iterator[tuple[int, np.ndarray]]:
@@ -298,10 +312,6 @@ def slack(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _outside(actions: Any, low: np.ndarray, high: np.ndarray, report: Report) -> None:
-    if any(bound.shape not in ((), actions.shape[1:]) for bound in (low, high)):
-        shapes = f"{low.shape} and {high.shape}"
-        report.error("metadata/action_low", f"and action_high have shapes {shapes}; expected {actions.shape[1:]}")
-        return
     margin = np.where(np.isfinite(low) & np.isfinite(high), slack(low, high), 0.0)
     count, first, text = 0, None, ""
     for start, block in blocks(actions):
@@ -333,6 +343,26 @@ def _episodes(terminals: np.ndarray, timeouts: np.ndarray, report: Report, unfin
         else:
             advice = "load it with unfinished='cut' (--unfinished cut) to treat it as cut there"
             report.error("timeouts", f"{text}; {advice}", first)
+
+
+def shifted(obs: Any, following: Any, cuts: np.ndarray) -> int | None:
+    """First row of ``cuts`` (cut, not ended) where the next observations were filled in from the next row.
+
+    None unless nine in ten of those rows, and at least two, have exactly the observation of the next row: what a step
+    returned before a reset is the next episode's first observation only by accident.
+    """
+    count, equal, first = 0, 0, None
+    for start in range(0, len(cuts) - 1, BLOCK):
+        stop = min(start + BLOCK, len(cuts) - 1)
+        rows = np.flatnonzero(cuts[start:stop])
+        if not len(rows):
+            continue
+        here, there = np.asarray(following[start:stop])[rows], np.asarray(obs[start + 1 : stop + 1])[rows]
+        same = ~_bad_rows(here != there)
+        count, equal = count + len(rows), equal + int(same.sum())
+        if first is None and same.any():
+            first = start + int(rows[np.argmax(same)])
+    return first if count >= 2 and equal >= 0.9 * count else None
 
 
 def _jumps(obs: Any, following: Any, ends: np.ndarray, report: Report) -> None:

@@ -12,14 +12,11 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
-from ctrlrl.data import checks
+from ctrlrl.data import checks, d4rl_metadata, stated
 from ctrlrl.data.d4rl_catalogue import entry
+from ctrlrl.data.d4rl_metadata import NEXT_KNOWN, OURS
 from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo
 from ctrlrl.types import EnvSpec
-
-_OURS = "metadata/ctrlrl"
-_NEXT_KNOWN = "metadata/next_known"
-_WRAPPERS = ("gymnasium.", "ctrlrl.", "ctrlrl_envs.")
 
 
 def read(
@@ -35,9 +32,11 @@ def read(
     Terminals and timeouts stay apart; where a row has both, the terminal counts. ``next_observations`` are used where
     the file has them: D4RL recorded what the step returned, before any reset, so that they are known at timeouts too.
     Without them the next observation is the following row's, and is not known in the last row of an episode (what
-    stands there is the next episode's first observation; see ``Dataset.next_known``). Floats become float32. Actions
-    are in a Box of -1 to 1 unless the file states its bounds in ``metadata/action_low`` and ``metadata/action_high``;
-    those outside by rounding only are brought back.
+    stands there is the next episode's first observation; see ``Dataset.next_known``). A file whose next observations
+    are the following row's at its timeouts too was filled in that way: there they are not known either. Floats become
+    float32. Actions are in a Box of -1 to 1 unless the file states its bounds in ``metadata/action_low`` and
+    ``metadata/action_high``; those outside by rounding only are brought back. An environment that the file names and
+    whose id imports a module of others is not taken from it: ``about["env_left_out"]`` has its id.
 
     Differs from ``d4rl.qlearning_dataset``: that drops every row with a timeout, also where its next observation is
     recorded or a terminal is set too, and always the file's last row. In files without ``timeouts`` it begins to count
@@ -59,20 +58,21 @@ def read(
     place = _Place(Path(memory_map) if memory_map is not None else None)
     with checks.opened(path) as file:
         columns = checks.structure(file, report, like_entry)
-        low, high = checks.action_bounds(file, report)
+        d4rl_metadata.check(file, columns, report)
         report.stop()
+        bounds = d4rl_metadata.bounds(file, "action", columns["actions"])
         spare = "next_observations" not in columns  # one array, seen twice: as observations and from its second row on
         rows = {k: _load(v, k, place, str(path), int(spare and k == "observations")) for k, v in columns.items()}
-        known = file[_NEXT_KNOWN][()].astype(bool) if _NEXT_KNOWN in file else None
-        document, about = _document(file, str(path)), _about(file)
-        spaces = _space(rows["observations"], file, "observation"), _space(rows["actions"], file, "action")
+        known = file[NEXT_KNOWN][()].astype(bool) if NEXT_KNOWN in file else None
+        document, about = d4rl_metadata.document(file), d4rl_metadata.words(file)
+        spaces = tuple(d4rl_metadata.space(file, what, rows[f"{what}s"]) for what in ("observation", "action"))
     if spare:
         rows["observations"], following = rows["observations"][:-1], rows["observations"][1:]
     else:
         following = rows["next_observations"]
     if "timeouts" not in rows and like_entry:
         rows["timeouts"] = _time_limit(rows["terminals"] != 0, like_entry.max_episode_steps)
-    checks.contents(rows, report, low, high, unfinished=unfinished)
+    checks.contents(rows, report, bounds, unfinished=unfinished, stated=True)  # what is shifted comes below
     report.stop()
 
     terminals, timeouts = rows["terminals"].astype(bool), rows["timeouts"].astype(bool)
@@ -82,19 +82,21 @@ def read(
     if spare:
         known = ~(terminals | timeouts)
     elif known is None:
-        known = np.ones(count, bool)
-    if known.shape != (count,):
-        raise DatasetError(f"{path}: {_NEXT_KNOWN} has shape {known.shape}; expected ({count},)")
+        cuts = timeouts & ~terminals
+        known = np.ones(count, bool) if checks.shifted(rows["observations"], following, cuts) is None else ~cuts
     if isinstance(spaces[1], gym.spaces.Box):
         for _, block in checks.blocks(rows["actions"]):
             np.clip(block, spaces[1].low, spaces[1].high, out=block)
+    about, where = document.get("about", about) | ({"like": like} if like else {}), f"{path}: {OURS}"
+    spec = EnvSpec(env) if isinstance(env, str) else env or stated.environment(document.get("env"), about, where)
+    scores = (like_entry.ref_min_score, like_entry.ref_max_score) if like_entry else stated.references(document, where)
     info = DatasetInfo(
-        id=document.get("id") or str(path),
-        env=_spec(env) or _env_from_json(document.get("env"), str(path)) or (like_entry.env if like_entry else None),
-        ref_min_score=like_entry.ref_min_score if like_entry else document.get("ref_min_score"),
-        ref_max_score=like_entry.ref_max_score if like_entry else document.get("ref_max_score"),
+        id=str(document.get("id") or path),
+        env=spec or (like_entry.env if like_entry else None),
+        ref_min_score=scores[0],
+        ref_max_score=scores[1],
         path=str(path),
-        about=document.get("about", about) | ({"like": like} if like else {}),
+        about=about,
     )
     return Dataset(
         observations=rows["observations"], actions=rows["actions"], rewards=rows["rewards"], terminals=terminals,
@@ -115,6 +117,7 @@ def write(dataset: Dataset, path: str | os.PathLike[str]) -> None:
         DatasetError: Dict observations, or spaces other than Box and Discrete actions: write a Minari set.
         OSError: The disk is full or not writable.
     """
+    check_spaces(dataset.observation_space, dataset.action_space, dataset.info.id)
     observations, following = dataset.observations, dataset.next_observations
     if isinstance(observations, Mapping) or isinstance(following, Mapping):
         raise DatasetError(f"{dataset.info.id}: D4RL HDF5 holds no Dict observations; write it as a Minari set")
@@ -124,7 +127,7 @@ def write(dataset: Dataset, path: str | os.PathLike[str]) -> None:
         **{f"infos/{k}": v for k, v in dataset.infos.items()},
     }  # fmt: skip
     if not _is_derived(dataset, observations, following):
-        columns |= {"next_observations": following, _NEXT_KNOWN: np.asarray(dataset.next_known)}
+        columns |= {"next_observations": following, NEXT_KNOWN: np.asarray(dataset.next_known)}
     info = dataset.info
     for key, column in columns.items():
         if column.dtype.kind not in "fiub":
@@ -147,10 +150,22 @@ def write(dataset: Dataset, path: str | os.PathLike[str]) -> None:
                 file.create_dataset(key, data=column, compression="gzip")
             for key, value in metadata.items():
                 file[f"metadata/{key}"] = np.bytes_(value.encode()) if isinstance(value, str) else value
-            file[_OURS] = json.dumps(document)
+            file[OURS] = json.dumps(document)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_spaces(observation: gym.Space, action: gym.Space, id: str) -> None:
+    """Refuse a set called ``id`` that :func:`write` cannot hold.
+
+    Raises:
+        DatasetError: Observations other than of a Box, or actions other than of a Box or Discrete.
+    """
+    if isinstance(observation, gym.spaces.Dict):
+        raise DatasetError(f"{id}: D4RL HDF5 holds no Dict observations; write it as a Minari set")
+    _bounds("observation", observation, id)
+    _bounds("action", action, id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,70 +231,3 @@ def _bounds(what: str, space: gym.Space, id: str) -> dict[str, Any]:
     if what == "observation" and not (np.isfinite(space.low).any() or np.isfinite(space.high).any()):
         return {}
     return {f"{what}_low": space.low, f"{what}_high": space.high}
-
-
-def _space(rows: np.ndarray, file: Any, what: str) -> gym.Space:
-    """The space of the observations or actions."""
-    if f"metadata/{what}_n" in file:
-        return gym.spaces.Discrete(int(file[f"metadata/{what}_n"][()]), start=int(file[f"metadata/{what}_start"][()]))
-    if what == "action" and rows.ndim == 1:
-        first = min(0, int(rows.min()))
-        return gym.spaces.Discrete(int(rows.max()) + 1 - first, start=first)
-    usual = (-1.0, 1.0) if what == "action" else (-np.inf, np.inf)
-    if rows.dtype.kind != "f":
-        usual = (np.iinfo(rows.dtype).min, np.iinfo(rows.dtype).max) if rows.dtype.kind in "iu" else (0, 1)
-    keys = f"metadata/{what}_low", f"metadata/{what}_high"
-    low, high = (file[key][()] if key in file else value for key, value in zip(keys, usual, strict=True))
-    shape, dtype = rows.shape[1:], rows.dtype
-    low, high = (np.broadcast_to(np.asarray(b, dtype), shape) for b in (low, high))
-    return gym.spaces.Box(low, high, shape, dtype.type)
-
-
-def _spec(env: str | EnvSpec | None) -> EnvSpec | None:
-    return EnvSpec(env) if isinstance(env, str) else env
-
-
-def _document(file: Any, path: str) -> dict[str, Any]:
-    """What :func:`write` recorded; empty for other files."""
-    if _OURS not in file:
-        return {}
-    try:
-        found = json.loads(_plain(file[_OURS]))
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"{path}: {_OURS} is no JSON ({error}); remove it from the file") from error
-    if not isinstance(found, dict) or not isinstance(found.get("about", {}), dict):
-        raise DatasetError(f"{path}: {_OURS} is {str(found)[:80]!r}; expected an object. Remove it from the file")
-    return found
-
-
-def _env_from_json(data: Any, path: str) -> EnvSpec | None:
-    if data is None:
-        return None
-    try:
-        wrappers = tuple((str(name), dict(kwargs)) for name, kwargs in data.pop("wrappers", ()))
-        spec = EnvSpec(**data, wrappers=wrappers)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DatasetError(f"{path}: {_OURS} has an env that is none ({error}); give env= yourself") from error
-    foreign = [name for name, _ in wrappers if not name.startswith(_WRAPPERS)]
-    if foreign:  # a data file must not choose what code is imported
-        raise DatasetError(f"{path}: its environment has the wrapper {foreign[0]}; give env= yourself if you trust it")
-    return spec
-
-
-def _about(file: Any) -> dict[str, Any]:
-    """The single values under ``metadata``: algorithm, iteration, ..."""
-    if "metadata" not in file:
-        return {}
-    found = {k: _plain(v) for k, v in file["metadata"].items() if getattr(v, "shape", None) in ((), (1,))}
-    ours = ("ctrlrl", "next_known", "action_", "observation_")
-    return {k: v for k, v in found.items() if v is not None and not k.startswith(ours)}
-
-
-def _plain(item: Any) -> Any:
-    """A string, number or bool of HDF5 as Python's own; None for anything else."""
-    value = np.asarray(item[()]).reshape(-1)[0]
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, np.generic):
-        return value.item() if value.dtype.kind in "fiub" else None
-    return value if isinstance(value, str) else None

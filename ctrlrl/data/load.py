@@ -23,6 +23,7 @@ def load(
     env: str | EnvSpec | None = None,
     unfinished: Literal["error", "cut"] = "error",
     progress: bool = True,
+    memory_map: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """The dataset called ``id_or_path``.
 
@@ -34,6 +35,8 @@ def load(
         unfinished: ``cut`` takes a last episode without an end as cut there. D4RL's own files always are: they were
             cut to length in the middle of an episode.
         progress: Show a bar while fetching.
+        memory_map: Folder to keep the rows of D4RL files in, for sets larger than memory; see ``d4rl.read``. Minari
+            sets are read into memory all the same: the minari library gives whole episodes, one after the other.
 
     Raises:
         DatasetError: Unknown, with the nearest names; or the file cannot be used.
@@ -44,14 +47,16 @@ def load(
     if path.is_file():
         if path.suffix not in ENDINGS:
             raise DatasetError(f"{name} ends in {path.suffix!r}; expected a D4RL file, {' or '.join(ENDINGS)}")
-        return _with(d4rl.read(path, like=like, env=env, unfinished=unfinished), sha256=download.digest(path))
+        found = d4rl.read(path, like=like, env=env, unfinished=unfinished, memory_map=memory_map)
+        return _with(found, sha256=download.digest(path))
     if path.suffix in ENDINGS:
         raise DatasetError(f"{name}: there is no such file")
     if name in CATALOGUE:
         entry = CATALOGUE[name]
         file = download.cache_folder() / entry.url.rpartition("/")[2]
         download.fetch(entry.url, file, progress=progress)
-        return _with(d4rl.read(file, like=name, env=env, unfinished="cut"), id=name, sha256=download.verified(file))
+        found = d4rl.read(file, like=name, env=env, unfinished="cut", memory_map=memory_map)
+        return _with(found, id=name, sha256=download.verified(file))
     if like is not None:
         raise DatasetError(f"like={like!r} is for local D4RL files; {name} is none")
     from ctrlrl.data import minari  # heavy

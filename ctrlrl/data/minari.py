@@ -16,6 +16,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
+from ctrlrl.data import minari_rows, stated
 from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo
 from ctrlrl.data.minari_root import (
     HDF5,
@@ -33,10 +34,14 @@ from ctrlrl.data.minari_root import (
 from ctrlrl.data.minari_write import write
 from ctrlrl.types import EnvSpec
 
-__all__ = ["episodes", "is_folder", "is_id", "library", "local_ids", "local_root", "read", "write"]
+__all__ = [
+    "check_stated", "episodes", "is_folder", "is_id", "library", "local_ids", "local_root", "read", "spaces", "write",
+]  # fmt: skip
 
-_TRUSTED = ("gymnasium.", "gymnasium_robotics.", "ctrlrl.", "ctrlrl_envs.")
-"""Where wrappers may come from: a data file must not choose what code is imported."""
+_DAMAGE = (
+    OSError, KeyError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, gym.error.Error,
+)  # fmt: skip
+"""What minari raises for sets that are not as it expects them."""
 
 
 def read(
@@ -48,9 +53,11 @@ def read(
     """A Minari set: Box or Discrete observations, or a flat Dict of these; Box or Discrete actions.
 
     Nothing that the file names is imported or run: ``info.env`` only records what to evaluate in (``eval_env_spec``
-    where there is one). Columns keep their types, rewards become float32. Info columns of ``T + 1`` rows, which Minari
-    begins with the reset's, belong to the observations: row ``t`` is what was known before step ``t``. Those that are
-    not numbers of one shape in every episode are named in ``about["infos_left_out"]``.
+    where there is one), without wrappers from elsewhere; ``about["env_left_out"]`` has the id of an environment that
+    is not taken because its id imports a module of others. Columns keep their types, rewards become float32; actions
+    outside of their Box by rounding only are brought back. Info columns of ``T + 1`` rows, which Minari begins with
+    the reset's, belong to the observations: row ``t`` is what was known before step ``t``. Those that are not numbers
+    of one shape in every episode are named in ``about["infos_left_out"]``.
 
     Args:
         id_or_folder: Id, or a set's folder. An id that is not local is downloaded by minari.
@@ -58,36 +65,62 @@ def read(
         unfinished: ``"cut"`` treats an episode whose last step is neither terminated nor truncated as cut there.
 
     Raises:
-        DatasetError: Not found, damaged, or with other spaces; names the file, the key and what was expected.
+        DatasetError: Not found, damaged, with other spaces, with observations, actions or rewards that are not finite,
+            or actions outside of their space; names the file, episode, key and step.
         ImportError: minari is not installed.
     """
     data, found = locate(str(id_or_folder)), []
-    for _, episode in _read_episodes(data, unfinished):
+    metadata, file = _metadata(data), data / HDF5
+    about, where = _about(metadata, str(data / METADATA)), str(data / METADATA)
+    low, high = stated.references(metadata, where)
+    spec = _env(metadata, about, where) if env is None else EnvSpec(env) if isinstance(env, str) else env
+    seen, done = (_space(metadata, kind, data) for kind in ("observation", "action"))
+    for place, episode in _read_episodes(data, unfinished):
         if isinstance(episode, DatasetError):
             raise episode
+        for problem in minari_rows.faults(place, episode[0], episode[1], done):
+            if problem.severity == "error":
+                raise DatasetError(str(problem))
         found.append(episode)
-    metadata = _metadata(data)
-    spaces = {kind: _space(metadata, kind, data) for kind in ("observation", "action")}
-    file = data / HDF5
     infos, left_out = _infos([infos for _, infos in found])
     known = infos.pop(NEXT_KNOWN, None)
     columns = {name: _joined([columns[name] for columns, _ in found]) for name in found[0][0]}
     columns["next_known"] = np.ones(len(columns["rewards"]), bool) if known is None else known.astype(bool)
-    about = _about(metadata)
+    columns["actions"] = minari_rows.clipped(columns["actions"], done)
     if left_out:
         about["infos_left_out"] = left_out
     info = DatasetInfo(
         id=metadata["dataset_id"],
-        env=_env(metadata, about, data / METADATA) if env is None else EnvSpec(env) if isinstance(env, str) else env,
-        ref_min_score=metadata.get("ref_min_score"),
-        ref_max_score=metadata.get("ref_max_score"),
+        env=spec,
+        ref_min_score=low,
+        ref_max_score=high,
         path=str(data.parent if data.name == "data" else data),
         sha256=_digest(file) if file.is_file() else None,
         about=about,
     )
-    return Dataset(
-        **columns, observation_space=spaces["observation"], action_space=spaces["action"], info=info, infos=infos
-    )
+    return Dataset(**columns, observation_space=seen, action_space=done, info=info, infos=infos)
+
+
+def spaces(id_or_folder: str | os.PathLike[str]) -> dict[str, gym.Space]:
+    """The spaces of the set, ``observation`` and ``action``.
+
+    Raises:
+        DatasetError: They cannot be read, or are others than :func:`read` takes.
+    """
+    data = locate(str(id_or_folder))
+    return {kind: _space(_metadata(data), kind, data) for kind in ("observation", "action")}
+
+
+def check_stated(id_or_folder: str | os.PathLike[str]) -> None:
+    """Look at what the set says of its environment and reference scores.
+
+    Raises:
+        DatasetError: It keeps the set from being read.
+    """
+    data = locate(str(id_or_folder))
+    metadata, where = _metadata(data), str(data / METADATA)
+    stated.references(metadata, where)
+    _env(metadata, _about(metadata, where), where)
 
 
 def episodes(id_or_folder: str | os.PathLike[str], unfinished: str = "error") -> Iterator[tuple[str, Any]]:
@@ -111,7 +144,7 @@ def _read_episodes(data: Path, unfinished: str) -> Iterator[tuple[str, Any]]:
             except DatasetError as error:
                 found = error
             yield place, found
-    except (OSError, KeyError, ValueError, AssertionError, NotImplementedError) as error:
+    except _DAMAGE as error:
         where = f"{file}: episode_{number + 1}" if number >= 0 else f"{file}"
         raise DatasetError(f"{where} cannot be read by minari: {error}. Fetch or write it again") from error
     if number < 0:
@@ -222,9 +255,11 @@ def _joined(parts: list[Any]) -> Any:
     return np.concatenate(parts)
 
 
-def _about(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _about(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Further words of the set."""
     own = metadata.get(OWN) or {}
+    if not isinstance(own, dict) or not isinstance(own.get("about", {}), dict):
+        raise DatasetError(f"{where}: {OWN} is {str(own)[:80]!r}; expected an object. Remove it from the file")
     about = {k: metadata[k] for k in WORDS if metadata.get(k) not in (None, [], "")}
     for key in ("author", "author_email"):  # Minari keeps sets, in any order
         if key in about and not isinstance(about[key], str):
@@ -232,32 +267,34 @@ def _about(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return about | own.get("about", {})
 
 
-def _env(metadata: Mapping[str, Any], about: dict[str, Any], file: Path) -> EnvSpec | None:
+def _env(metadata: Mapping[str, Any], about: dict[str, Any], file: str) -> EnvSpec | None:
     """The environment to evaluate in; what of it cannot be kept is noted in ``about``."""
     own = (metadata.get(OWN) or {}).get("env")
     if own is not None:
-        foreign = [path for path, _ in own["wrappers"] if not path.startswith(_TRUSTED)]
-        if foreign:
-            raise DatasetError(f"{file}: its environment has the wrapper {foreign[0]}; give env= if you trust it")
-        return EnvSpec(**{**own, "wrappers": tuple((path, kwargs) for path, kwargs in own["wrappers"])})
-    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
-    if text is None:
+        return stated.environment(own, about, f"{file}: {OWN}")
+    key = next((k for k in ("eval_env_spec", "env_spec") if metadata.get(k) is not None), None)
+    if key is None:
         return None
-    spec = json.loads(text) if isinstance(text, str) else dict(text)
+    try:
+        spec = json.loads(metadata[key]) if isinstance(metadata[key], str) else dict(metadata[key])
+        env_id, kwargs, limit = spec.get("id"), dict(spec.get("kwargs") or {}), spec.get("max_episode_steps")
+        listed = [(w.get("entry_point"), w.get("kwargs"), w.get("name")) for w in spec.get("additional_wrappers") or ()]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DatasetError(f"{file}: {key} describes no environment ({error}); give env= yourself") from error
+    if (env_id := stated.taken(env_id, about, f"{file}: {key}")) is None:
+        return None
     wrappers, left_out = [], []
-    for wrapper in spec.get("additional_wrappers") or ():
-        path, arguments = str(wrapper.get("entry_point")), wrapper.get("kwargs")
-        if path.startswith(_TRUSTED) and isinstance(arguments, dict):
+    for path, arguments, name in listed:
+        if isinstance(path, str) and stated.is_from(path, stated.WRAPPERS) and isinstance(arguments, dict):
             wrappers.append((path, arguments))
         else:
-            left_out.append(wrapper.get("name", path))
+            left_out.append(str(name or path))
     if left_out:
         about["wrappers_left_out"] = left_out
-    kwargs, limit = dict(spec.get("kwargs") or {}), spec.get("max_episode_steps")
-    registered = gym.registry.get(spec["id"])
+    registered = gym.registry.get(env_id)
     if limit is not None and (registered is None or registered.max_episode_steps != limit):
         kwargs["max_episode_steps"] = limit
-    return EnvSpec(spec["id"], kwargs, tuple(wrappers))
+    return EnvSpec(env_id, kwargs, tuple(wrappers))
 
 
 def _digest(file: Path) -> str:

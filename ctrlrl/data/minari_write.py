@@ -61,7 +61,7 @@ def write(
     target = top / dataset_id
     if target.exists():
         raise DatasetError(f"{target} exists; raise the version in {dataset_id}, or remove that folder")
-    _check_spaces(dataset)
+    check_spaces(dataset.observation_space, dataset.action_space, dataset.info.id)
     given = {
         "author": author, "author_email": author_email, "code_permalink": code_permalink,
         "algorithm_name": algorithm_name, "description": description,
@@ -155,13 +155,16 @@ def _buffers(dataset: Dataset, episodes: list[tuple[int, int]]) -> Iterator[Any]
         )
 
 
-def _check_spaces(dataset: Dataset) -> None:
-    """Refuse what :func:`read` would refuse."""
-    flat = isinstance(dataset.observation_space, gym.spaces.Dict)
-    parts = dict(dataset.observation_space.spaces) if flat else {"observation": dataset.observation_space}  # type: ignore[attr-defined]
-    for name, space in {**parts, "action": dataset.action_space}.items():
+def check_spaces(observation: gym.Space, action: gym.Space, id: str) -> None:
+    """Refuse a set called ``id`` that :func:`read` would refuse.
+
+    Raises:
+        DatasetError: Names the space.
+    """
+    parts = dict(observation.spaces) if isinstance(observation, gym.spaces.Dict) else {"observation": observation}
+    for name, space in {**parts, "action": action}.items():
         if not isinstance(space, gym.spaces.Box | gym.spaces.Discrete):
-            raise DatasetError(f"{dataset.info.id}: {name} is of type {type(space).__name__}; expected Box or Discrete")
+            raise DatasetError(f"{id}: {name} is of type {type(space).__name__}; expected Box or Discrete")
 
 
 def _gym_spec(env: EnvSpec) -> GymSpec | None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.data.transitions import ReplaySizeError, TransitionReplay
+from ctrlrl.data.dataset import DatasetInfo, normalized
+from ctrlrl.data.transitions import ReplaySizeError, TransitionReplay, Transitions
 from ctrlrl.engine import environments, prior, replay_files, runfolder
 from ctrlrl.engine.algorithm import OfflineAlgorithm
 from ctrlrl.engine.collected import Collected
@@ -22,7 +26,7 @@ from ctrlrl.engine.collector import Collector
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.errors import NonFiniteError
 from ctrlrl.engine.off_policy_config import OffPolicyConfig
-from ctrlrl.engine.offline_rows import rows_of
+from ctrlrl.engine.offline_rows import check_actions, rows_of
 from ctrlrl.engine.prior import PriorData
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.transition_agent import TransitionAgent
@@ -108,12 +112,16 @@ class OffPolicyAgent(TransitionAgent):
         self.observation_space, self.action_space, _ = environments.describe(resolved)
         self._use(resolved)
         self.n_params = self._count_params()
+        self.source: dict[str, Any] | None = None
+        """What is known of the run that this one starts from."""
         if settings.get("start_from") is not None and not restoring:
+            settings["start_from"] = os.path.abspath(settings["start_from"])
+            self.source = prior.source_of(settings["start_from"])
             settings = prior.settings_of(settings["start_from"]) | settings
         self._build(settings, preset, encoder, self.n_params)
         self._check_online()
         if self.config.start_from is not None and not restoring:
-            fresh = prior.take_over(self.learner, self.config.start_from, self.method)
+            fresh = prior.take_over(self.learner, self.config.start_from, self.method, self.action_space)
             if fresh:
                 logger.warning("%s has no %s: begun afresh.", self.config.start_from, ", ".join(fresh))
         self.explorer = Explorer(self.policy, self.algorithm.deterministic_collection)
@@ -186,14 +194,17 @@ class OffPolicyAgent(TransitionAgent):
         return self.replay
 
     def _recorded(self) -> PriorData:
-        """The dataset of the run that this one starts from."""
-        from ctrlrl.data.load import load
-
-        assert self.config.start_from is not None
-        config = prior.document_of(self.config.start_from)["config"]
-        data = load(config["dataset"], like=config["like"], unfinished=config["unfinished"])
-        rewards = {k: getattr(self.config, k) for k in ("reward_scale", "reward_shift")}
-        return PriorData(rows_of(data, self.policy, self.device, rewards, {}, None), self.config.offline_share)
+        """The dataset of the run that this one starts from; rewards as they are."""
+        assert self.source is not None
+        folder = (self.run_dir or Path(tempfile.gettempdir())) if self.config.memory_map else None
+        with contextlib.ExitStack() as stack:
+            scratch = None
+            if folder is not None:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ctrlrl-", dir=folder)))
+            data = prior.recorded(self.source, scratch)
+            check_actions(data, self.action_space)
+            rows = rows_of(data, self.policy, self.device, {"reward_scale": 1.0, "reward_shift": 0.0}, {}, folder)
+        return PriorData(rows, self.config.offline_share)
 
     def _extras(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Further columns of the replay: shape and type by name."""
@@ -256,7 +267,7 @@ class OffPolicyAgent(TransitionAgent):
         """Store the valid steps of a collection, each with its true next observation."""
         following = next_observations(c)
         flat = {
-            "obs": _rows(c.obs), "action": _rows(c.action), "reward": self._reward(_rows(c.reward_t)),
+            "obs": _rows(c.obs), "action": _rows(c.action), "reward": _rows(c.reward_t),
             "terminated": _rows(c.terminated_t), "truncated": _rows(c.truncated_t), "next_obs": _rows(following),
             "extras": self._columns(c),
         }  # fmt: skip
@@ -265,9 +276,10 @@ class OffPolicyAgent(TransitionAgent):
             flat = {k: _map(v, lambda x: x[keep]) for k, v in flat.items()}
         memory.add(**flat)
 
-    def _reward(self, reward: Tensor) -> Tensor:
+    def _mapped(self, batch: Transitions) -> Transitions:
+        """Rewards as they are learned from; the replay has the environment's own."""
         scale, shift = self.config.reward_scale, self.config.reward_shift
-        return reward if scale == 1.0 and shift == 0.0 else reward * scale + shift
+        return batch if scale == 1.0 and shift == 0.0 else batch._replace(reward_t=batch.reward_t * scale + shift)
 
     def _columns(self, c: Collected) -> dict[str, Tensor] | None:
         """Rows [T * N, ...] of the further columns."""
@@ -284,11 +296,26 @@ class OffPolicyAgent(TransitionAgent):
             else:
                 batch = self.prior.sample(memory, count, size, drawing)
             noise = self.algorithm.noise(count, size, self.policy.action_shape[0], drawing, self.n_params)
-            for name, values in self.learner.run(batch, noise, count).items():
+            for name, values in self.learner.run(self._mapped(batch), noise, count).items():
                 found.setdefault(name, []).append(values)
             self.debt -= count
 
     # -- state --------------------------------------------------------------------------------
+
+    def normalized(self, returns: Any) -> np.ndarray | None:
+        """D4RL's score, where the data of the run that this one starts from has reference scores."""
+        if self.source is None:
+            return None
+        return normalized(DatasetInfo("", **{k: self.source[k] for k in prior.REFERENCES}), returns)
+
+    def document(self) -> dict[str, Any]:
+        return super().document() | ({} if self.source is None else {"source": self.source})
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], env: Any, settings: dict[str, Any]) -> Self:
+        agent = super().from_document(document, env, settings)
+        agent.source = document.get("source")
+        return agent
 
     def counters(self) -> dict[str, Any]:
         return super().counters() | {"debt": self.debt, "replay": self.segments}

@@ -21,6 +21,7 @@ from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo, normalized
 from ctrlrl.data.transitions import TransitionReplay
 from ctrlrl.engine import environments, prior, runfolder
 from ctrlrl.engine.algorithm import OfflineAlgorithm
+from ctrlrl.engine.evaluate import Evaluation
 from ctrlrl.engine.offline_config import OfflineConfig
 from ctrlrl.engine.offline_rows import SLICE, check_actions, rows_of
 from ctrlrl.engine.seeding import derive
@@ -76,8 +77,11 @@ class OfflineAgent(TransitionAgent):
         self.seed = int(seed)
         self._dataset = dataset if isinstance(dataset, Dataset) else None
         if dataset is not None:
-            settings["dataset"] = dataset.info.path or dataset.info.id if isinstance(dataset, Dataset) else str(dataset)
-            if isinstance(dataset, Dataset) and "like" in dataset.info.about:
+            known = isinstance(dataset, Dataset)
+            name = dataset.info.path or dataset.info.id if known else str(dataset)
+            # so that the run can be resumed from another folder
+            settings["dataset"] = os.path.abspath(name) if os.path.exists(name) else name
+            if known and "like" in dataset.info.about and name.endswith((".hdf5", ".h5")):
                 settings.setdefault("like", dataset.info.about["like"])
         if document is None:
             self._dataset = self._dataset or self._load(settings)
@@ -94,20 +98,21 @@ class OfflineAgent(TransitionAgent):
         self.reward_map = document["data"]["reward_map"] if document is not None else self._reward_map(
             self.algorithm.select(self.data)
         )
-        self.fingerprint = document["data"]["rows"] if document is not None else fingerprint(self.data)
+        self.fingerprint = document["data"]["rows"] if document is not None else prior.fingerprint(self.data)
 
     @property
     def data(self) -> Dataset:
         """The dataset as it was loaded; read again where this agent was itself loaded."""
         if self._dataset is None:
             # that an end was missing has been said when the run began
-            self._dataset = self._load({"dataset": self.config.dataset, "like": self.config.like, "unfinished": "cut"})
-            _refuse_other(self.config.dataset, fingerprint(self._dataset), self.fingerprint)
+            kept = {k: getattr(self.config, k) for k in ("dataset", "like", "memory_map")}
+            self._dataset = self._load(kept | {"unfinished": "cut"})
+            prior.refuse_other(self.config.dataset, prior.fingerprint(self._dataset), self.fingerprint)
         return self._dataset
 
     def _compare(self, run_dir: str | os.PathLike[str]) -> None:
         super()._compare(run_dir)
-        _refuse_other(self.config.dataset, self.fingerprint, runfolder.read_config(run_dir)["data"]["rows"])
+        prior.refuse_other(self.config.dataset, self.fingerprint, runfolder.read_config(run_dir)["data"]["rows"])
 
     def _load(self, settings: Mapping[str, Any]) -> Dataset:
         from ctrlrl.data.load import load
@@ -118,7 +123,12 @@ class OfflineAgent(TransitionAgent):
                 f"{self.method} learns from recorded data: name it by dataset= (--dataset), a D4RL or Minari id or the "
                 "path of a file; ctrlrl data list shows what there is"
             )
-        return load(name, like=settings.get("like"), unfinished=settings.get("unfinished", "error"))
+        folder = None
+        if settings.get("memory_map"):
+            self._scratch = tempfile.TemporaryDirectory(prefix="ctrlrl-")  # goes with the agent
+            folder = Path(self._scratch.name)
+        unfinished = settings.get("unfinished", "error")
+        return load(name, like=settings.get("like"), unfinished=unfinished, memory_map=folder)
 
     def _environment(
         self, env: str | EnvSpec | None, env_kwargs: Mapping[str, Any] | None, restoring: bool
@@ -129,7 +139,9 @@ class OfflineAgent(TransitionAgent):
             env = self.info.env
         if env is None:
             if not restoring:
-                logger.warning("No evaluations: %s names no environment; give one as env= (--env).", self.info.id)
+                named = self.info.about.get("env_left_out")
+                why = f"names {named}, whose package only you can name" if named else "names no environment"
+                logger.warning("No evaluations: %s %s; give one as env= (--env).", self.info.id, why)
             return None
         try:
             spec = environments.resolve(env, backend="sync", env_kwargs=env_kwargs)
@@ -242,6 +254,19 @@ class OfflineAgent(TransitionAgent):
             share = 0.5 * (1.0 + math.cos(math.pi * (self.steps - first) / (last - first)))
             self.learner.knobs["lr/actor"].fill_(self.algorithm.learning_rate("actor", self.config) * share)
 
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether there is an environment to evaluate in."""
+        return self.env_spec is not None and super().can_evaluate
+
+    def evaluate(
+        self, episodes: int = 100, deterministic: bool = True, n_envs: int | None = None, seed: int | None = None
+    ) -> Evaluation:
+        """As in Agent; the data must name an environment, or the agent be built with one."""
+        if self.env_spec is None:
+            raise ValueError(f"{self.info.id} names no environment to evaluate in; train it with env= (--env)")
+        return super().evaluate(episodes, deterministic, n_envs, seed)
+
     # -- results ------------------------------------------------------------------------------
 
     def normalized(self, returns: Any) -> np.ndarray | None:
@@ -261,17 +286,6 @@ class OfflineAgent(TransitionAgent):
     @classmethod
     def from_document(cls, document: Mapping[str, Any], env: Any, settings: dict[str, Any]) -> Self:
         return cls(env, seed=document["seed"], document=document, **settings)
-
-
-def fingerprint(data: Dataset) -> dict[str, Any]:
-    """What tells whether two datasets are the same one: cheap, and no proof."""
-    ends = np.flatnonzero(data.ends)
-    return {"steps": len(data), "episodes": len(ends), "reward_sum": float(np.sum(data.rewards, dtype=np.float64))}
-
-
-def _refuse_other(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    if found != expected:
-        raise DatasetError(f"{name} is not the data that this run began with: found {found}, expected {expected}")
 
 
 def info_document(info: DatasetInfo) -> dict[str, Any]:

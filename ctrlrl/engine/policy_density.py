@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ctrlrl.data.dataset import Dataset
 from ctrlrl.engine.agent import Agent
+from ctrlrl.engine.prior import same_bounds
 from ctrlrl.nets.actor_critic import ActorCritic
 from ctrlrl.nets.actors import BoxActor, SquashedGaussian
 from ctrlrl.nets.heads import CategoricalHead, DiagonalGaussian, GaussianHead, MultiCategoricalHead
@@ -94,7 +95,7 @@ class AgentPolicy:
         """Raise ValueError if the dataset's spaces are not the agent's."""
         for kind in ("observation", "action"):
             mine, theirs = (getattr(x, f"{kind}_space") for x in (self.agent, dataset))
-            if not _fits(mine, theirs):
+            if not _fits(mine, theirs) or (kind == "action" and not same_bounds(mine, theirs)):
                 raise ValueError(
                     f"the policy's {kind}s are {mine}, those of {dataset.info.id} are {theirs}: use data of the "
                     "policy's own environment"
@@ -171,7 +172,7 @@ def clipped_density(policy: DiagonalGaussian, action: Tensor, low: Tensor, high:
 
 
 def _fits(mine: gym.Space, theirs: gym.Space) -> bool:
-    """Whether observations or actions of one space can be those of the other; bounds may differ."""
+    """Whether observations of one space can be those of the other; bounds may differ."""
     if isinstance(mine, gym.spaces.Box) and isinstance(theirs, gym.spaces.Box):
         return mine.shape == theirs.shape
     if isinstance(mine, gym.spaces.Dict) and isinstance(theirs, gym.spaces.Dict):

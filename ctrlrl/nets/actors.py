@@ -30,6 +30,8 @@ class QNetworkConfig:
     """Widths of every critic's hidden layers."""
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "relu"
     """Activation between the layers."""
+    log_std_min: float = -20.0
+    """Smallest log-deviation of policies squashed by tanh, before the squashing; the largest is 2."""
     n_critics: int = 2
     """Critics whose smallest value is the target."""
     image_features: int = 512
@@ -168,13 +170,15 @@ class BoxActor(nn.Module):
 
 
 class SquashedGaussianActor(BoxActor):
-    """Mean and log-deviation from one body; ``log_std`` is cut to [-20, 2] as in SAC's code."""
+    """Mean and log-deviation from one body; ``log_std`` is cut to [network.log_std_min, 2]."""
 
-    def __init__(self, *spaces: Any, log_std_bounds: tuple[float, float] = (-20.0, 2.0), **options: Any) -> None:
-        super().__init__(*spaces, **options)
+    def __init__(
+        self, observation_space: gym.Space, action_space: gym.Space, network: QNetworkConfig, **options: Any
+    ) -> None:
+        super().__init__(observation_space, action_space, network, **options)
         self.mean = nn.Linear(self.width, self.action_shape[0])
         self.log_std = nn.Linear(self.width, self.action_shape[0])
-        self.log_std_bounds = log_std_bounds
+        self.log_std_bounds = (network.log_std_min, 2.0)
 
     def forward(self, obs: Obs) -> SquashedGaussian:
         body = self.body(self.features(obs))

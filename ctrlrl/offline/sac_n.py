@@ -37,13 +37,12 @@ class SACN(Soft, OfflineAlgorithm):
         "hidden weights start uniform in +-1/sqrt(inputs); the released code takes the outputs of the layer."
     )
     loop_defaults: ClassVar[Mapping[str, Any]] = {
-        "n_critics": 10, "actor_hidden": (256, 256, 256), "critic_hidden": (256, 256, 256)
+        "n_critics": 10, "actor_hidden": (256, 256, 256), "critic_hidden": (256, 256, 256),
+        "log_std_min": -5.0,
     }  # fmt: skip
 
     def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
-        actor = SquashedGaussianActor(
-            spaces.observation, spaces.action, config.network, encoder=encoder, log_std_bounds=(-5.0, 2.0)
-        )
+        actor = SquashedGaussianActor(spaces.observation, spaces.action, config.network, encoder=encoder)
         critic = QEnsemble(spaces.observation, actor.action_shape[0], config.network, encoder)
         start_flat([*actor.body, actor.mean], 1e-3)
         start_flat([actor.log_std], 1e-3)

@@ -204,6 +204,8 @@ def _train(words: list[str]) -> int:
         return 0
     if words[0].startswith("-"):
         return fail("the method comes first: ctrlrl train METHOD --env ID", 2)
+    # some flags are looked at before the words are parsed: spelt in one way
+    words = [re.sub(r"^--[a-z_]+", lambda m: m[0].replace("_", "-"), w) for w in words]
     # from is a word of the language, so the setting is called otherwise
     words = [re.sub(r"^--from(?=$|=)", "--start-from", w) for w in words]
     online = _value(words, "--start-from", None) is not None and _value(words, "--dataset", None) is None

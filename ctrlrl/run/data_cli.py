@@ -117,7 +117,7 @@ class Verify:
     """Print everything that is wrong with a set; the exit status is 1 if something is."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """D4RL HDF5 file, Minari folder or id."""
+    """D4RL HDF5 file, Minari folder or id, or the id of a D4RL set that has been fetched."""
     like: str | None = None
     """D4RL id whose sizes and time limit a file must have."""
     unfinished: Unfinished = "error"
@@ -266,9 +266,12 @@ def _table(*columns: str, right: tuple[int, ...] = ()) -> Table:
 
 def _verify(options: Verify) -> int:
     from ctrlrl.data import checks, minari, minari_checks
+    from ctrlrl.data.d4rl_catalogue import CATALOGUE
 
     path = Path(options.data)
-    if minari.is_folder(path) or (not path.exists() and path.suffix not in ENDINGS and minari.is_id(options.data)):
+    if options.data in CATALOGUE and not path.exists():
+        found = _verify_fetched(options.data)
+    elif minari.is_folder(path) or (not path.exists() and path.suffix not in ENDINGS and minari.is_id(options.data)):
         found = minari_checks.problems(options.data, unfinished=options.unfinished)
     else:
         found = checks.problems(path, like=options.like, unfinished=options.unfinished)
@@ -280,6 +283,24 @@ def _verify(options: Verify) -> int:
         return 1
     print(f"{options.data} is sound")
     return 0
+
+
+def _verify_fetched(name: str) -> list[Any]:
+    """What is wrong with the file of the D4RL set ``name`` in the cache, as it would be loaded."""
+    from ctrlrl.data import checks, download
+    from ctrlrl.data.d4rl_catalogue import CATALOGUE
+
+    file = download.cache_folder() / CATALOGUE[name].url.rpartition("/")[2]
+    if not file.is_file():
+        text = f"{name} has not been fetched yet; ctrlrl data info {name} does it"
+        return [checks.Problem("error", str(file), "", None, text)]
+    found = checks.problems(file, like=name, unfinished="cut")
+    if not any(problem.severity == "error" for problem in found):
+        try:
+            download.verified(file)
+        except DatasetError as error:
+            found.append(checks.Problem("error", str(file), "", None, str(error).removeprefix(f"{file} ")))
+    return found
 
 
 # -- making ---------------------------------------------------------------------------------------
@@ -298,9 +319,11 @@ def _make(options: Make) -> int:
         _check_target(target)
     source = _source(options.policy, options.checkpoint) if options.kind != "random" else None
     expert = _source(options.expert, options.expert_checkpoint)
+    env = _make_env(options, source)
+    _check_spaces(env, source, targets)
     with _progress(options) as advance:
         data = make(
-            options.kind, _make_env(options, source), source, options.steps, expert=expert, seed=options.seed,
+            options.kind, env, source, options.steps, expert=expert, seed=options.seed,
             n_envs=options.n_envs, reference_episodes=options.reference_episodes, progress=advance,
         )  # fmt: skip
     about = {"author": options.author, "code_permalink": options.code_permalink}
@@ -329,6 +352,20 @@ def _make_env(options: Make, source: Any) -> EnvSpec:
     if options.env is None:
         raise ValueError("say which environment: --env ID")
     return EnvSpec(options.env, kwargs)
+
+
+def _check_spaces(env: EnvSpec, source: Any, targets: Sequence[str]) -> None:
+    """Refuse targets that cannot hold what the policy, or the environment, sees and does."""
+    from ctrlrl.data import d4rl, minari_write
+    from ctrlrl.engine import environments
+
+    if source is not None:
+        spaces = source.agent.observation_space, source.agent.action_space
+    else:
+        spaces = environments.describe(environments.resolve(env, backend="sync"))[:2]
+    for target in targets:
+        check = d4rl.check_spaces if target.endswith(ENDINGS) else minari_write.check_spaces
+        check(*spaces, env.id)
 
 
 def _source(run: Path | None, checkpoint: str) -> Any:

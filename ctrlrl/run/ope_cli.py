@@ -57,6 +57,10 @@ class Ope:
     """Bootstrap samples of the episodes that its interval comes from."""
     seed: int = 0
     """Seed of everything."""
+    like: str | None = None
+    """D4RL id whose environment and time limit a file of your own has."""
+    unfinished: Literal["error", "cut"] = "error"
+    """cut: a last episode without an end is cut there."""
     out: Path | None = None
     """Also write the numbers to this JSON file."""
 
@@ -69,7 +73,7 @@ def main(words: Sequence[str]) -> int:
     options = tyro.cli(Ope, args=list(words), prog="ctrlrl ope")
     console = Console()
     agent = api.load(options.run, options.checkpoint)
-    data = load(options.dataset)
+    data = load(options.dataset, like=options.like, unfinished=options.unfinished)
     behaviour = None if options.behaviour is None else api.load(options.behaviour)
     with console.status("Estimating"):
         found = estimate(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers.agents import assert_same_tensors, quiet
+from helpers.agents import NOISY, assert_same_tensors, quiet
 from helpers.offline import names, recorded, samples, tiny
 from test_methods import KillAt, Killed, assert_same_run, lines
 
@@ -185,7 +185,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(name, file, tmp_path):
         torch.manual_seed(100 + k)
         np.random.seed(100 + k)
         before = torch.get_rng_state(), np.random.get_state()[1].copy()
-        learn(api.make(name, dataset=file, seed=7, **everything(name)), 24, tmp_path / folder)
+        learn(api.make(name, env=NOISY, dataset=file, seed=7, **everything(name)), 24, tmp_path / folder)
         assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
@@ -228,7 +228,7 @@ def whole(file, tmp_path_factory):
     def get(name):
         if name not in folders:
             folder = tmp_path_factory.mktemp(name) / "whole"
-            agent = learn(api.make(name, dataset=file, seed=3, **everything(name)), STEPS_OF_A_RUN, folder)
+            agent = learn(api.make(name, env=NOISY, dataset=file, seed=3, **everything(name)), STEPS_OF_A_RUN, folder)
             folders[name] = folder, agent.counters()
         return folders[name]
 
@@ -243,7 +243,7 @@ def test_killed_and_resumed_equals_never_killed(name, file, whole, tmp_path):
     for k, kill in enumerate([KillAt(4), KillAt(10, "on_checkpoint"), KillAt(16, "on_evaluation"), KillAt(22)]):
         with pytest.raises(Killed):
             if k == 0:
-                agent = api.make(name, dataset=file, seed=3, **everything(name))
+                agent = api.make(name, env=NOISY, dataset=file, seed=3, **everything(name))
                 learn(agent, STEPS_OF_A_RUN, folder, callbacks=[kill])
             else:
                 resume(folder, callbacks=[kill])
@@ -261,7 +261,7 @@ def test_killed_and_resumed_equals_never_killed(name, file, whole, tmp_path):
 @having("resume")
 def test_stopped_by_ctrl_c_at_any_moment_and_resumed_equals_never_stopped(name, file, whole, tmp_path):
     at = int(np.random.default_rng().integers(1, STEPS_OF_A_RUN // 2))  # calls of two updates and of one alternate
-    agent = api.make(name, dataset=file, seed=3, **everything(name))
+    agent = api.make(name, env=NOISY, dataset=file, seed=3, **everything(name))
     run, calls = agent.learner.run, []
 
     def counted(*args):
@@ -292,9 +292,10 @@ def test_resuming_refuses_other_data_and_other_settings(file, tmp_path):
     copied = tmp_path / "toy.hdf5"
     copied.write_bytes(file.read_bytes())
     with pytest.raises(Killed):
-        learn(api.make("td3_bc", dataset=copied, **everything("td3_bc")), 74, tmp_path / "run", callbacks=[KillAt(12)])
+        agent = api.make("td3_bc", env=NOISY, dataset=copied, **everything("td3_bc"))
+        learn(agent, 74, tmp_path / "run", callbacks=[KillAt(12)])
     for changed in ({"batch_size": 9}, {"reward_shift": 0.0}, {"alpha": 1.0}, {"seed": 5}, {"memory_map": True}):
-        other = api.make("td3_bc", dataset=copied, **everything("td3_bc") | changed)
+        other = api.make("td3_bc", env=NOISY, dataset=copied, **everything("td3_bc") | changed)
         with pytest.raises(ValueError, match=next(iter(changed))):
             other.resume(tmp_path / "run")
     for k, other in enumerate((recorded(seed=1), recorded(episodes=17), recorded().take(range(15)))):
@@ -302,7 +303,7 @@ def test_resuming_refuses_other_data_and_other_settings(file, tmp_path):
         with pytest.raises(DatasetError, match="is not the data that this run began with"):
             resume(tmp_path / "run")
         with pytest.raises(DatasetError, match="is not the data that this run began with"):
-            api.make("td3_bc", dataset=copied, **everything("td3_bc")).resume(tmp_path / "run")
+            api.make("td3_bc", env=NOISY, dataset=copied, **everything("td3_bc")).resume(tmp_path / "run")
         assert api.load(tmp_path / "run").steps == 30, k
     copied.write_bytes(file.read_bytes())
     assert resume(tmp_path / "run").steps == 74
@@ -311,7 +312,7 @@ def test_resuming_refuses_other_data_and_other_settings(file, tmp_path):
 def test_a_finished_run_is_resumed_by_doing_nothing_even_without_its_data(file, tmp_path):
     copied = tmp_path / "toy.hdf5"
     copied.write_bytes(file.read_bytes())
-    learn(api.make("td3_bc", dataset=copied, **everything("td3_bc")), 12, tmp_path / "run")
+    learn(api.make("td3_bc", env=NOISY, dataset=copied, **everything("td3_bc")), 12, tmp_path / "run")
     copied.unlink()
     before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
     assert resume(tmp_path / "run").steps == 12
@@ -325,7 +326,7 @@ def test_a_finished_run_is_resumed_by_doing_nothing_even_without_its_data(file, 
 def test_a_loaded_agent_acts_like_the_saved_one_without_the_data_and_learns_on_with_it(name, file, tmp_path):
     copied = tmp_path / "toy.hdf5"
     copied.write_bytes(file.read_bytes())
-    agent = quiet(api.make(name, dataset=copied, seed=5, **tiny(name, normalize_obs=True)), 9)
+    agent = quiet(api.make(name, env=NOISY, dataset=copied, seed=5, **tiny(name, normalize_obs=True)), 9)
     assert agent.save(tmp_path / "agent") == tmp_path / "agent"
     copied.unlink()
     loaded = api.load(tmp_path / "agent")

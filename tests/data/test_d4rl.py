@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data.d4rl_files import door, rows, save, with_next
 
-from ctrlrl.data import d4rl
+from ctrlrl.data import checks, d4rl
 from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo
 from ctrlrl.types import EnvSpec
 
@@ -264,14 +264,81 @@ def test_a_file_cannot_choose_what_code_its_environment_wraps_it_in(path):
 
 
 def test_damaged_words_of_ours_are_named(path):
-    with pytest.raises(DatasetError, match="metadata/ctrlrl is no JSON"):
+    with pytest.raises(DatasetError, match="metadata/ctrlrl: is no JSON"):
         d4rl.read(save(path, rows(), ctrlrl=np.bytes_("{")))
     with pytest.raises(DatasetError, match="expected an object"):
         d4rl.read(save(path, rows(), ctrlrl=np.bytes_("[1]")))
     with pytest.raises(DatasetError, match="has an env that is none"):
         d4rl.read(save(path, rows(), ctrlrl=np.bytes_('{"env": {"colour": 1}}')))
-    with pytest.raises(DatasetError, match=r"metadata/next_known has shape \(2,\)"):
+    with pytest.raises(DatasetError, match=r"metadata/next_known: has shape \(2,\)"):
         d4rl.read(save(path, with_next(rows()), next_known=[True, False]))
+
+
+@pytest.mark.parametrize("env", ["trap:Env-v0", "gymnasium_evil:Env-v0", "ctrlrl_envs:trap:Env-v0", "os.path:Env-v0"])
+def test_a_file_cannot_choose_what_module_its_environment_imports(path, env):
+    d4rl.write(full(info=dataclasses.replace(full().info, env=EnvSpec(env))), path)
+    found = d4rl.read(path).info
+    assert found.env is None and found.about["env_left_out"] == env
+    given = d4rl.read(path, env="Hopper-v5").info
+    assert given.env == EnvSpec("Hopper-v5") and "env_left_out" not in given.about
+
+
+@pytest.mark.parametrize("env", ["Hopper-v5", "ctrlrl_envs:ctrlrl/Grid-v0", "gymnasium_robotics:X-v1"])
+def test_an_environment_of_a_known_package_is_taken_from_the_file(path, env):
+    d4rl.write(full(info=dataclasses.replace(full().info, env=EnvSpec(env))), path)
+    assert d4rl.read(path).info.env == EnvSpec(env) and "env_left_out" not in d4rl.read(path).info.about
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ('{"env": {"id": 5}}', "has an env that is none .*id=5"),
+        ('{"env": "Hopper-v5"}', "has an env that is none"),
+        ('{"env": {"id": "Hopper-v5", "wrappers": [[3, {}]]}}', "has an env that is none"),
+        ('{"ref_min_score": "low"}', "ref_min_score is 'low'; expected a number"),
+        ('{"ref_max_score": NaN}', "ref_max_score is nan; expected a number"),
+        ('{"ref_max_score": true}', "ref_max_score is True; expected a number"),
+    ],
+)
+def test_ids_that_are_no_words_and_scores_that_are_no_numbers_are_named(path, document, words):
+    save(path, rows(), ctrlrl=np.bytes_(document))
+    with pytest.raises(DatasetError, match=rf"set\.hdf5: metadata/ctrlrl:? ?{words}"):
+        d4rl.read(path)
+    (problem,) = checks.problems(path)
+    assert (problem.severity, problem.key) == ("error", "metadata/ctrlrl")
+
+
+def shift(columns, but=()):
+    """Next observations filled in from the next row, also where an episode was cut, but in the rows ``but``."""
+    columns = with_next(columns)
+    following = columns["next_observations"]
+    given = [k for k in range(len(following) - 1) if k not in but]
+    following[given] = columns["observations"][[k + 1 for k in given]]
+    return columns
+
+
+def test_next_observations_that_were_filled_in_from_the_next_row_are_not_known_where_an_episode_was_cut(path):
+    d = d4rl.read(save(path, shift(rows((3, 4, 2, 5), "ctcc"))))
+    assert np.flatnonzero(~d.next_known).tolist() == [2, 8, 13]
+    assert np.flatnonzero(~d.usable).tolist() == [2, 8, 13]
+
+
+@pytest.mark.parametrize(("but", "known"), [((2,), False), ((2, 5), True)])
+def test_nine_in_ten_of_the_cuts_show_that_next_observations_were_filled_in(path, but, known):
+    d = d4rl.read(save(path, shift(rows((3,) * 11, "c" * 10 + "t"), but)))
+    assert d.next_known[8] == known and d.next_known[[0, 1]].all()
+
+
+def test_a_single_cut_and_next_observations_that_are_close_show_nothing(path):
+    assert d4rl.read(save(path, shift(rows((3, 4, 2), "ctt")))).next_known.all()
+    columns = shift(rows((3, 4, 2), "cct"))
+    columns["next_observations"][[2, 6], 0] += 1e-5
+    assert d4rl.read(save(path, columns)).next_known.all()
+
+
+def test_a_file_that_says_what_is_known_is_believed(path):
+    d = d4rl.read(save(path, shift(rows((3, 4, 2), "ccc")), next_known=np.ones(9, bool)))
+    assert d.next_known.all()
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -154,6 +154,91 @@ def test_bounds_that_do_not_fit_are_named(path):
         d4rl.read(path)
 
 
+METADATA = [
+    ({"action_low": np.nan}, "action_low", "is NaN"),
+    ({"action_low": [-1.0, np.nan]}, "action_low", "is NaN"),
+    ({"action_high": [1.0, 1.0, 1.0]}, "action_high", r"of shape|has shape \(3,\); expected \(2,\)"),
+    ({"action_low": 2.0}, "action_low", "is above metadata/action_high"),
+    ({"observation_low": [0.0, 0.0, 0.0]}, "observation_low", r"has shape \(3,\); expected \(2,\)"),
+    ({"observation_high": np.bytes_("high")}, "observation_high", "expected one number"),
+    ({"observation_low": np.nan}, "observation_low", "is NaN"),
+    ({"action_low/deeper": 1.0}, "action_low", "expected one number"),
+    ({"ctrlrl": np.bytes_("{")}, "ctrlrl", "is no JSON"),
+    ({"ctrlrl/deeper": 1.0}, "ctrlrl", "is no JSON"),
+    ({"ctrlrl": np.zeros(0)}, "ctrlrl", "is no JSON"),
+    ({"ctrlrl": np.bytes_("[1]")}, "ctrlrl", "expected an object"),
+    ({"next_known": [True, False]}, "next_known", r"has shape \(2,\)"),
+    ({"next_known": np.zeros(9)}, "next_known", "expected true or false"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "key", "words"), METADATA)
+def test_damaged_metadata_are_named_with_their_key(path, metadata, key, words):
+    save(path, with_next(rows()), **metadata)
+    assert found(path) == [("error", f"metadata/{key}", None)]
+    with pytest.raises(DatasetError, match=rf"set\.hdf5: metadata/{key}: .*({words})"):
+        d4rl.read(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "key", "words"),
+    [
+        ({"action_n": 3}, "action_start", "is missing; discrete actions need metadata/action_n and"),
+        ({"action_start": 0}, "action_n", "is missing; discrete actions need metadata/action_n and"),
+        ({"action_n": 0, "action_start": 0}, "action_n", "is 0; expected at least 1"),
+        ({"action_n": 3.5, "action_start": 0}, "action_n", "is no whole number"),
+        ({"action_n": [3, 3], "action_start": 0}, "action_n", "is no whole number"),
+    ],
+)
+def test_damaged_metadata_of_discrete_actions_are_named_with_their_key(path, metadata, key, words):
+    save(path, rows() | {"actions": np.arange(9) % 3}, **metadata)
+    assert found(path) == [("error", f"metadata/{key}", None)]
+    with pytest.raises(DatasetError, match=rf"set\.hdf5: metadata/{key}: {words}"):
+        d4rl.read(path)
+
+
+def test_discrete_actions_outside_of_those_stated_are_errors(path):
+    save(path, rows() | {"actions": np.array([0, 1, 2, 0, 3, 2, 0, 1, -1])}, action_n=3, action_start=0)
+    assert found(path) == [("error", "actions", 4)]
+    with pytest.raises(DatasetError, match=r"actions\[4\]"):
+        d4rl.read(path)
+    save(path, rows(), action_n=3, action_start=0)
+    assert found(path) == [("error", "actions", None)]
+
+
+def test_next_observations_that_were_filled_in_from_the_next_row_are_noted(path):
+    columns = with_next(rows((3, 4, 2), "ccc"))
+    assert found(save(path, columns)) == []
+    columns["next_observations"][:-1] = columns["observations"][1:]
+    assert found(save(path, columns)) == [("note", "next_observations", 2)]
+    assert found(save(path, columns, next_known=np.ones(9, bool))) == []
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 65_536])
+def test_where_next_observations_were_filled_in_does_not_depend_on_the_block_size(block, monkeypatch):
+    monkeypatch.setattr(checks, "BLOCK", block)
+    obs = np.arange(12.0).reshape(6, 2)
+    following, cuts = np.r_[obs[1:], obs[:1]], np.array([0, 0, 1, 1, 0, 1], bool)
+    assert checks.shifted(obs, following, cuts) == 2
+    following[3, 1] += 1
+    assert checks.shifted(obs, following, cuts) is None
+
+
+def test_hard_links_in_a_circle_and_groups_within_groups_end(path):
+    with h5py.File(save(path, rows(), algorithm=np.bytes_("SAC")), "a") as file:
+        file["metadata/again"] = file["/"]
+        file["infos/self"] = 1.0
+        file["infos/circle"] = file["infos"]
+    assert d4rl.read(path).info.about == {"algorithm": "SAC"}
+    with h5py.File(path, "a") as file:
+        deep = file["metadata"]
+        for _ in range(1200):
+            deep = deep.create_group("g")
+        deep["link"] = h5py.SoftLink("/terminals")
+    with pytest.raises(DatasetError, match="g/link is a link"):
+        d4rl.read(path)
+
+
 def test_a_file_that_is_absent_foreign_or_truncated_is_named(path):
     with pytest.raises(DatasetError, match=r"set\.hdf5: there is no such file"):
         d4rl.read(path)

@@ -55,6 +55,18 @@ def test_a_local_file_is_read_with_its_checksum_and_without_a_record_beside_it(t
     assert [p.name for p in tmp_path.iterdir()] == ["mine.h5"]
 
 
+def test_a_folder_for_a_memory_map_is_passed_on_for_files_and_ids(cache, tmp_path):
+    import numpy as np
+
+    path = save(tmp_path / "mine.hdf5", rows((3,), "c"))
+    d = load.load(path, memory_map=tmp_path / "a")
+    assert isinstance(d.actions, np.memmap) and (tmp_path / "a" / "actions.npy").is_file()
+    cache.mkdir()
+    save(cache / "door-human-v1.hdf5", rows((3,), "c", size=39, actions=28))
+    d = load.load("door-human-v1", memory_map=str(tmp_path / "b"))
+    assert isinstance(d.actions, np.memmap) and (tmp_path / "b" / "actions.npy").is_file()
+
+
 def test_other_names_go_to_minari_with_what_was_asked(monkeypatch):
     import sys
 

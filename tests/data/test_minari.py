@@ -218,6 +218,44 @@ def test_a_recorded_wrapper_from_elsewhere_needs_the_callers_word(tmp_path):
     assert minari.read(folder, env="Hopper-v5").info.env == EnvSpec("Hopper-v5")
 
 
+def test_an_environment_whose_id_imports_a_module_of_others_is_left_out_and_noted():
+    folder = minari.write(toy(info=DatasetInfo("toy", EnvSpec("trap:Env-v0"), about={"kind": "made"})), ID)
+    found = minari.read(folder).info
+    assert found.env is None and found.about == {"kind": "made", "env_left_out": "trap:Env-v0"}
+    assert minari.read(folder, env="Hopper-v5").info.env == EnvSpec("Hopper-v5")
+    foreign(env=gym.spec("Hopper-v5"))
+    theirs = minari.local_root() / "theirs" / "door-v1"
+    spec = json.loads(json.loads((theirs / "data" / "metadata.json").read_text())["env_spec"])
+    edit_metadata(theirs, env_spec=json.dumps(spec | {"id": "trap:Env-v0"}))
+    found = minari.read(theirs).info
+    assert found.env is None and found.about["env_left_out"] == "trap:Env-v0"
+    edit_metadata(theirs, env_spec=json.dumps(spec | {"id": "gymnasium_robotics:AdroitHandDoor-v1"}))
+    assert minari.read(theirs).info.env.id == "gymnasium_robotics:AdroitHandDoor-v1"
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"env_spec": '{"id": 5}'}, "env_spec has the environment id 5"),
+        ({"eval_env_spec": "[1]"}, "eval_env_spec describes no environment"),
+        ({"eval_env_spec": "{"}, "eval_env_spec describes no environment"),
+        ({"ctrlrl": {"env": {"id": 5}}}, "ctrlrl has an env that is none"),
+        ({"ctrlrl": {"env": {"id": "Hopper-v5", "n_envs": "two"}}}, "ctrlrl has an env that is none"),
+        ({"ctrlrl": [1]}, r"ctrlrl is '\[1\]'; expected an object"),
+        ({"ref_min_score": "low"}, "ref_min_score is 'low'; expected a number"),
+        ({"ref_max_score": [1.0]}, r"ref_max_score is \[1.0\]; expected a number"),
+    ],
+)
+def test_ids_that_are_no_words_and_scores_that_are_no_numbers_are_named(entries, words):
+    from ctrlrl.data import minari_checks
+
+    folder = minari.write(toy(info=DatasetInfo("toy")), ID)
+    edit_metadata(folder, **{"ctrlrl": None} | entries)
+    with pytest.raises(DatasetError, match=rf"{ID}/data/metadata\.json: {words}"):
+        minari.read(folder)
+    assert "error" in [p.severity for p in minari_checks.problems(folder)]
+
+
 def test_reading_runs_no_code_that_the_file_names(tmp_path, monkeypatch):
     (tmp_path / "trap.py").write_text("raise SystemExit('the file was run')")
     monkeypatch.syspath_prepend(tmp_path)

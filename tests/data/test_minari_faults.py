@@ -80,6 +80,62 @@ def test_verifying_reports_everything_at_once():
     assert len(minari_checks.problems(ID, unfinished="cut")) == 3
 
 
+def _spoil(key, index, value):
+    def change(file):
+        file[key][index] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "value", "words"),
+    [
+        ("episode_0/observations", (1, 1), np.nan, r"observations\[1\]: .*nan.* is not finite"),
+        ("episode_2/observations", (2, 0), np.inf, r"observations\[2\]: .*inf.* is not finite"),
+        ("episode_2/actions", (1, 0), np.nan, r"actions\[1\]: .*nan.* is not finite"),
+        ("episode_1/rewards", 0, -np.inf, r"rewards\[0\]: -inf is not finite"),
+        ("episode_0/actions", (2, 1), 3.25, r"actions\[2\]: .*3\.25\] is outside of the action space Box"),
+        ("episode_2/actions", (0, 0), -1.0001, r"actions\[0\]: .*-1\.0001.* is outside of the action space Box"),
+    ],
+)
+def test_numbers_that_are_not_finite_and_actions_outside_of_their_space_are_named(key, index, value, words):
+    folder = minari.write(toy(), ID)
+    edit(folder, _spoil(key, index, value))
+    with pytest.raises(DatasetError, match=rf"{ID}/data/main_data\.hdf5: {key.partition('/')[0]}: {words}"):
+        minari.read(folder)
+    (problem,) = minari_checks.problems(folder)
+    assert problem.severity == "error" and problem.file.endswith(key.partition("/")[0])
+    step = index[0] if isinstance(index, tuple) else index
+    assert (problem.key, problem.index) == (key.partition("/")[2], step)
+
+
+def test_an_action_outside_by_rounding_is_brought_back():
+    folder = minari.write(toy(), ID)
+    edit(folder, _spoil("episode_0/actions", (2, 1), np.float32(3 + 2e-5)))
+    assert minari.read(folder).actions[2, 1] == np.float32(3)
+    assert minari_checks.problems(folder) == []
+
+
+def test_discrete_actions_outside_of_their_space_are_named():
+    import gymnasium as gym
+
+    data = toy(action_space=gym.spaces.Discrete(3, start=5), actions=np.array([5, 6, 7, 5, 6, 7]))
+    folder = minari.write(data, ID)
+    edit(folder, _spoil("episode_2/actions", 1, 8))
+    with pytest.raises(DatasetError, match=r"episode_2: actions\[1\]: 8 is outside of the action space Discrete"):
+        minari.read(folder)
+    assert [(p.key, p.index) for p in minari_checks.problems(folder)] == [("actions", 1)]
+
+
+def test_an_info_that_is_not_finite_is_noted_and_read():
+    folder = minari.write(toy(), ID)
+    edit(folder, _spoil("episode_0/infos/action_log_probs", 1, -np.inf))
+    assert minari.read(folder).infos["action_log_probs"][1] == -np.inf
+    assert [(p.severity, p.key, p.index) for p in minari_checks.problems(folder)] == [
+        ("note", "infos/action_log_probs", 1)
+    ]
+
+
 def test_a_sound_set_has_no_problems_and_a_missing_one_has_one():
     minari.write(toy(), ID)
     assert minari_checks.problems(ID) == []
@@ -193,7 +249,7 @@ def test_an_existing_set_is_never_replaced():
         minari.write(toy(), ID)
 
 
-@pytest.mark.parametrize("name", ["noversion", "../up-v0", "hf://x/y-v0", "a b-v0", "/root/x-v0", ""])
+@pytest.mark.parametrize("name", ["noversion", "../up-v0", "hf://x/y-v0", "a b-v0", "/rooted/x-v0", ""])
 def test_what_is_no_id_is_refused(name):
     with pytest.raises(DatasetError, match="no Minari id"):
         minari.write(toy(), name)

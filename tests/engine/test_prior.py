@@ -1,6 +1,7 @@
 """Going on in an environment with what was learned from data."""
 
 import dataclasses
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -12,7 +13,7 @@ from helpers.off_policy import tiny
 import ctrlrl
 from ctrlrl import api
 from ctrlrl.data import d4rl
-from ctrlrl.data.dataset import Dataset, DatasetInfo
+from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo
 from ctrlrl.data.transitions import Transitions
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.errors import CheckpointError
@@ -67,13 +68,59 @@ def test_what_is_set_goes_before_what_the_run_has(run):
     assert online("td3", run, gamma=0.5).config.gamma == 0.5
 
 
-def test_the_policy_acts_from_the_first_step_and_the_replay_holds_mapped_rewards(run):
-    agent, twin = online("td3", run), online("td3", run, reward_scale=1.0, reward_shift=0.0)
-    for each in (agent, twin):
-        quiet(each, 8)  # fewer than learning_starts
-    actions = agent.replay.rows(0, 8)["action"]
-    assert (actions - agent.policy.mode(agent.replay.rows(0, 8)["obs"])).abs().max() < 0.6, "random actions"
-    torch.testing.assert_close(agent.replay.rows(0, 8)["reward"], 2 * twin.replay.rows(0, 8)["reward"] - 3)
+def test_the_policy_acts_from_the_first_step(run):
+    agent = online("td3", run)
+    quiet(agent, 8)  # fewer than learning_starts
+    rows = agent.replay.rows(0, 8)
+    assert (rows["action"] - agent.policy.mode(rows["obs"])).abs().max() < 0.6, "random actions"
+
+
+def test_the_replay_holds_the_environments_rewards_and_batches_the_mapped_ones(run, monkeypatch):
+    agent, seen = online("td3", run, learning_starts=8), []
+    update = agent.learner.run
+    monkeypatch.setattr(agent.learner, "run", lambda batch, *rest: seen.append(batch.reward_t) or update(batch, *rest))
+    quiet(agent, 24)
+    rewards = agent.replay.rows(0, 24)["reward"]
+    assert rewards.abs().max() < 20  # those of the data are 50 and more
+    mapped = {round(float(r), 4) for r in 2.0 * rewards - 3.0}
+    assert {round(float(r), 4) for batch in seen for r in batch} <= mapped
+
+
+def test_the_source_and_its_folder_are_needed_no_more(run, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    online("td3", moved, offline_share=0.5).learn(40, run_dir=tmp_path / "online", progress=False)
+    shutil.rmtree(moved)
+    quiet(ctrlrl.load(tmp_path / "online"), 24)
+
+
+def test_other_data_in_the_place_of_the_sources_are_refused(file, tmp_path):
+    copy = tmp_path / "toy.hdf5"
+    shutil.copy(file, copy)
+    source = api.make("td3_bc", dataset=copy, **OFFLINE).learn(10, root=tmp_path, progress=False).run_dir
+    data = d4rl.read(file)
+    d4rl.write(dataclasses.replace(data, rewards=data.rewards + 1), copy)
+    with pytest.raises(DatasetError, match="is not the data that this run began with"):
+        quiet(online("td3", source, offline_share=0.5), 24)
+
+
+def test_actions_of_other_bounds_are_refused(file, tmp_path):
+    data = d4rl.read(file)
+    wide = dataclasses.replace(data, action_space=gym.spaces.Box(-3, 3, data.action_space.shape))
+    source = api.make("td3_bc", dataset=wide, **OFFLINE).learn(10, root=tmp_path, progress=False).run_dir
+    with pytest.raises(CheckpointError, match="the same action would mean another one"):
+        online("td3", source)
+
+
+def test_scores_are_those_of_the_sources_data(file, tmp_path):
+    data = d4rl.read(file)
+    info = dataclasses.replace(data.info, ref_min_score=10.0, ref_max_score=30.0)
+    offline = api.make("td3_bc", dataset=dataclasses.replace(data, info=info), **OFFLINE)
+    source = offline.learn(10, root=tmp_path, progress=False).run_dir
+    agent = online("td3", source)
+    assert agent.normalized(20.0) == 50.0
+    assert ctrlrl.load(agent.save(tmp_path / "saved")).normalized(20.0) == 50.0
+    assert api.make("td3", NOISY, **tiny("td3")).normalized(20.0) is None
 
 
 @pytest.mark.parametrize("share, expected", [(0.25, 2), (1.0, 8), (0.0, 0)])
@@ -82,7 +129,7 @@ def test_that_share_of_each_batch_is_recorded(run, share, expected, monkeypatch)
     update = agent.learner.run
 
     def watch(batch, noise, count):
-        seen.append(int((batch.reward_t > 90).sum()))  # 2 r - 3 of the data; the environment's rewards are small
+        seen.append(int((batch.reward_t > 90).sum()))  # 2 r - 3 of the data's; the environment's own are small
         return update(batch, noise, count)
 
     monkeypatch.setattr(agent.learner, "run", watch)

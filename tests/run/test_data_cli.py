@@ -119,9 +119,10 @@ def test_making_writes_both_formats_with_one_content(run, policy, tmp_path):
     words += ["--minari", "ctrlrl/noisy/medium-v0", "--expert", policy, "--reference-episodes", "4", "--author", "A B"]
     status, out, err = run(*words)
     assert status == 0, err
-    file, own = d4rl.read(target), minari.read("ctrlrl/noisy/medium-v0")
+    file, own = d4rl.read(target, env=STILL), minari.read("ctrlrl/noisy/medium-v0", env=STILL)
     assert_same(file, own)
-    assert len(own) == 50 and "action_log_probs" in own.infos and own.info.env.id == STILL
+    assert len(own) == 50 and "action_log_probs" in own.infos
+    assert d4rl.read(target).info.about["env_left_out"] == STILL  # a module of others
     about = own.info.about
     assert about["kind"] == "medium" and about["behaviour"]["run"] == "hers" and about["author"] == "A B"
     assert about["algorithm_name"] == about["algorithm"] == "sac" and len(about["expert"]["sha256"]) == 64
@@ -174,6 +175,16 @@ def test_targets_are_looked_at_before_the_work(run, policy, tmp_path, monkeypatc
             run(*words, *target)
 
 
+def test_spaces_that_the_format_cannot_hold_are_refused_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ctrlrl.engine.data_making.make", lambda *a, **k: pytest.fail("the work was begun"))
+    env, target = "helpers.envs:test/DictObs-v0", tmp_path / "x.hdf5"
+    with pytest.raises(DatasetError, match="no Dict observations; write it as a Minari set"):
+        run("make", "--kind", "random", "--env", env, "--steps", "9", "--out", target)
+    agents.quiet(off_policy.make("sac", env), 8, run_dir=tmp_path / "run")
+    with pytest.raises(DatasetError, match="no Dict observations; write it as a Minari set"):
+        run("make", "--kind", "medium", "--policy", tmp_path / "run", "--steps", "9", "--out", target)
+
+
 def test_arguments_of_the_environment_are_added_to_the_policys_own(run, tmp_path):
     target = tmp_path / "x.hdf5"
     folder = tmp_path / "runs"
@@ -188,7 +199,7 @@ def test_arguments_of_the_environment_are_added_to_the_policys_own(run, tmp_path
     target.unlink()
     words = ["make", "--kind", "medium", "--policy", folder, "--steps", "9", "--out", target, "--quiet"]
     assert run(*words, "--env-kwargs", '{"length": 2}', "--env", env)[0] == 0
-    assert d4rl.read(target).info.env.kwargs == {"length": 2} and len(d4rl.read(target).episodes) == 5
+    assert len(d4rl.read(target).episodes) == 5
     for wrong in ("{", "3"):
         with pytest.raises(ValueError, match="--env-kwargs is"):
             run(*words[:-3], "--out", tmp_path / "y.hdf5", "--env-kwargs", wrong)
@@ -226,7 +237,7 @@ def test_a_run_becomes_a_set_in_one_command(run, policy, tmp_path):
     for target, read in [(tmp_path / "replay.h5", d4rl.read), ("ctrlrl/noisy/replay-v0", minari.read)]:
         status, out, _ = run("convert", policy, target)
         assert status == 0 and out.startswith(f"{target}: 40 steps in {len(expected.episodes)} episodes")
-        assert_same(read(target), expected)
+        assert_same(read(target, env=STILL), expected)
     assert run("convert", policy, "first-v0", "--steps", "24")[0] == 0
     assert len(minari.read("first-v0")) == 24
 
@@ -275,7 +286,7 @@ def test_info_says_what_is_in_a_set(run, tmp_path):
     assert status == 0 and rows["steps"] == "8" and rows["episodes"] == "3, of mean 3; 2 | 2 | 3 | 3 | 3 steps"
     assert rows["ends"] == "2 terminals, 1 timeouts, 0 without a known next observation"
     assert rows["returns"] == "mean 5.00; 3.00 | 4.50 | 6.00 | 6.00 | 6.00"
-    assert rows["scores"] == "no reference scores" and rows["environment"] == env
+    assert rows["scores"] == "no reference scores" and rows["env_left_out"] == env
     assert rows["observations"] == "(1,) float32 in [-inf, inf]" and rows["actions"] == "(1,) float32 in [-1, 1]"
     assert rows["kind"] == "random" and rows["behaviour policy"] == "log-probabilities"
     assert len(rows["SHA-256"]) == 64 and "torch" not in out
@@ -335,6 +346,32 @@ def test_verify_prints_all_errors_of_a_minari_set(run, policy, tmp_path):
     assert status == 1 and "episode_0: rewards[0]" in out and "episode_1: has no end" in out
     assert out.splitlines()[-1] == "a-v0: 2 errors"
     assert "1 error" in run("verify", "a-v0", "--unfinished", "cut")[1].splitlines()[-1]
+
+
+def test_verify_of_a_d4rl_id_looks_at_its_file_in_the_cache(run, tmp_path, monkeypatch):
+    from ctrlrl.data import download
+
+    monkeypatch.setattr(minari, "is_id", lambda name: pytest.fail("Minari was asked"))
+    status, out, _ = run("verify", "maze2d-umaze-v1")
+    assert status == 1 and "maze2d-umaze-v1 has not been fetched yet" in out
+    from data.d4rl_files import rows, save
+
+    from ctrlrl.data.d4rl_catalogue import entry
+
+    file = tmp_path / "d4rl" / entry("maze2d-umaze-v1").url.rpartition("/")[2]
+    file.parent.mkdir()
+    columns = rows((3, 4), "c-", size=4)
+    save(file, columns)
+    status, out, _ = run("verify", "maze2d-umaze-v1")
+    assert status == 0 and out.splitlines()[-1] == "maze2d-umaze-v1 is sound" and str(file) in out
+    monkeypatch.setattr(download, "_checked", set())
+    save(file, rows((3, 5), "c-", size=4))
+    status, out, _ = run("verify", "maze2d-umaze-v1")
+    assert status == 1 and "is not the file of its first use" in out
+    columns["rewards"][2] = np.nan
+    save(file, columns)
+    status, out, _ = run("verify", "maze2d-umaze-v1")
+    assert status == 1 and "rewards[2]" in out
 
 
 def test_verify_of_what_is_not_there_is_an_error(run, tmp_path):

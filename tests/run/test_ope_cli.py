@@ -115,7 +115,7 @@ def test_an_on_policy_run_and_another_runs_densities(monkeypatch, capsys, tmp_pa
     bare = dataclasses.replace(data, infos={})
     found = []
     for one, words in ((data, ()), (bare, ("--behaviour", str(run.run_dir)))):
-        monkeypatch.setattr(loading, "load", lambda name, one=one: one)
+        monkeypatch.setattr(loading, "load", lambda name, one=one, **_: one)
         out = tmp_path / "found.json"
         assert ope_cli.main([str(folder), "--dataset", "x", "--methods", "pdis", "--out", str(out), *words]) == 0
         assert "stochastic policy" in capsys.readouterr().out
