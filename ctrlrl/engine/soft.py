@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ctrlrl.data.transitions import Transitions
 from ctrlrl.engine.algorithm import Algorithm
+from ctrlrl.types import Obs
 
 if TYPE_CHECKING:
-    from ctrlrl.engine.learner import Nets
+    from ctrlrl.engine.learner import Loss, Nets
 
 
 class Temperature(nn.Module):
@@ -55,6 +57,29 @@ class Soft(Algorithm):
     def alpha(self, nets: Nets, like: Tensor) -> Tensor:
         """The coefficient as it stands, a scalar of the type and device of ``like``."""
         return nets["temperature"]().exp() if self.entropy_temp is None else like.new_full((), self.entropy_temp)
+
+    def soft_target(self, nets: Nets, batch: Transitions, noise: Tensor, gamma: Tensor, alpha: Tensor) -> Tensor:
+        """[B] reward and discounted smallest value of the policy's next action, with its entropy's bonus.
+
+        Haarnoja et al. (2018b), eq. 3 and 5, with the smallest of the target critics.
+        """
+        policy = nets["actor"](batch.next_obs)
+        u = policy.pre_tanh(noise)
+        soft_value = nets["critic_target"](batch.next_obs, u.tanh()).amin(0) - alpha * policy.log_prob(u)
+        return batch.reward_t + gamma * (1.0 - batch.terminated_t) * soft_value
+
+    def soft_policy_loss(self, nets: Nets, obs: Obs, noise: Tensor, alpha: Tensor) -> Loss:
+        """The policy's loss, alpha log pi - Q of the smallest critic (eq. 7); "logp" [B] is among what it returns."""
+
+        def loss(actor: Callable[..., Any]) -> tuple[Tensor, dict[str, Tensor]]:
+            policy = actor(obs)
+            u = policy.pre_tanh(noise)
+            q = nets["critic"](obs, u.tanh()).amin(0)
+            logp = policy.log_prob(u)
+            value = (alpha * logp - q).mean()
+            return value, {"actor_loss": value.detach(), "logp": logp.detach()}
+
+        return loss
 
     def adapt(self, nets: Nets, logp: Tensor, dims: int) -> dict[str, Tensor]:
         """One step of a learned coefficient on -log(alpha) (logp + target).

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctrlrl.data.transitions import TransitionReplay, Transitions
 from ctrlrl.engine.evaluate import Evaluation
+from ctrlrl.engine.memory import recalled
 from ctrlrl.engine.offline import OfflineAgent
 from ctrlrl.engine.wrappers import aimed, space_told, target_of
 from ctrlrl.nets.causal import TIMESTEP, Context, TrajectoryActor
@@ -122,19 +123,7 @@ class DecisionTransformerAgent(OfflineAgent):
         """
         found, batched = self._as_batch(observation)
         obs = cast(dict[str, Tensor], found)
-        n = len(obs[TIMESTEP])
-        before = self.policy.nothing(n)
-        if state is not None:
-            shapes = [np.shape(part) for part in state]
-            if shapes != [tuple(part.shape) for part in before]:
-                raise ValueError(f"state has arrays of shapes {shapes}; give what predict returned for a batch of {n}")
-            before = Context(*(torch.as_tensor(np.asarray(part), device=self.device) for part in state))
-        if episode_start is not None:
-            started = np.asarray(episode_start, dtype=bool)
-            if started.shape not in ((), (n,)):
-                raise ValueError(f"episode_start has shape {started.shape}; expected ({n},)")
-            going_on = torch.as_tensor(~started, device=self.device).expand(n)
-            before = before._replace(there=before.there & going_on.unsqueeze(-1))
+        before = recalled(self.policy.nothing(len(obs[TIMESTEP])), state, episode_start, self.device)
         action, after = self._step(obs, before)
         return (action if batched else action[0]), tuple(part.cpu().numpy() for part in after)
 

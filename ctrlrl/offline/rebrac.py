@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ctrlrl.data.dataset import Dataset
 from ctrlrl.data.transitions import Transitions
 from ctrlrl.engine.algorithm import Networks, OfflineAlgorithm, Spaces, register
+from ctrlrl.engine.delayed import Delayed
 from ctrlrl.engine.offline_rows import to_unit
 from ctrlrl.nets.actors import DeterministicActor
 from ctrlrl.nets.q_ensemble import QEnsemble, start_flat
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class ReBRAC(OfflineAlgorithm):
+class ReBRAC(Delayed, OfflineAlgorithm):
     """TD3 whose policy and whose targets are penalised by the squared distance to the data's action.
 
     The target's penalty is at the action that the data took next. Steps of which that is not known (the last one of an
@@ -48,25 +49,10 @@ class ReBRAC(OfflineAlgorithm):
     """Weight of the policy's penalty against the critic, whose values are divided by their mean size."""
     critic_bc_coef: float = 0.01
     """Weight of the targets' penalty, in units of the reward."""
-    policy_delay: int = 2
-    """Updates of the critics for one of the policy and of the targets."""
-    target_noise: float = 0.2
-    """Deviation of the noise on the target policy's actions."""
-    target_noise_clip: float = 0.5
-    """Largest size of that noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.policy_delay < 1:
-            raise ValueError(f"policy_delay={self.policy_delay} must be at least 1")
-        for name in ("actor_bc_coef", "critic_bc_coef", "target_noise", "target_noise_clip"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-
-    @property
-    def period(self) -> int:
-        """Updates after which the pattern repeats."""
-        return self.policy_delay
+        self._not_negative("actor_bc_coef critic_bc_coef")
 
     def select(self, data: Dataset) -> Dataset:
         return dataclasses.replace(data, next_known=data.next_known & ~data.ends)
@@ -77,12 +63,6 @@ class ReBRAC(OfflineAlgorithm):
         following[:-1] = following[1:]
         following[data.ends] = 0.0
         return {"next_action": following}
-
-    def noise(
-        self, n: int, batch_size: int, action_size: int, generator: torch.Generator, params: int = 0
-    ) -> dict[str, Tensor]:
-        shape = (n, batch_size, action_size)
-        return {"next_action": torch.randn(shape, generator=generator, device=generator.device)}
 
     def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         actor = DeterministicActor(spaces.observation, spaces.action, config.network, encoder=encoder)
@@ -95,9 +75,7 @@ class ReBRAC(OfflineAlgorithm):
         self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor], phase: int
     ) -> dict[str, Tensor]:
         with torch.no_grad():
-            bound = self.target_noise_clip
-            smoothing = (self.target_noise * noise["next_action"]).clamp(-bound, bound)
-            action = (nets["actor_target"](batch.next_obs) + smoothing).clamp(-1.0, 1.0)
+            action = self.smoothed(nets["actor_target"](batch.next_obs), noise["next_action"])
             distance = (action - batch.extras["next_action"]).square().sum(-1)
             value = nets["critic_target"](batch.next_obs, action).amin(0) - self.critic_bc_coef * distance
             target = batch.reward_t + knobs["gamma"] * (1.0 - batch.terminated_t) * value
@@ -116,8 +94,4 @@ class ReBRAC(OfflineAlgorithm):
             return value, {"actor_loss": value.detach(), "bc_loss": penalty.detach()}
 
         metrics = nets.descend("critic", critic_loss)
-        if phase == self.policy_delay - 1:
-            metrics |= nets.descend("actor", actor_loss)
-            for network in ("actor", "critic"):
-                nets.track(f"{network}_target", network, knobs["tau"])
-        return metrics
+        return metrics | self.move(nets, actor_loss, knobs, phase)

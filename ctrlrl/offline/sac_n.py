@@ -58,18 +58,7 @@ class SACN(Soft, OfflineAlgorithm):
     ) -> dict[str, Tensor]:
         alpha = self.alpha(nets, batch.reward_t)
         with torch.no_grad():
-            policy = nets["actor"](batch.next_obs)
-            u = policy.pre_tanh(noise["next_action"])
-            soft_value = nets["critic_target"](batch.next_obs, u.tanh()).amin(0) - alpha * policy.log_prob(u)
-            target = batch.reward_t + knobs["gamma"] * (1.0 - batch.terminated_t) * soft_value
-
-        def actor_loss(actor: Callable[..., Any]) -> tuple[Tensor, dict[str, Tensor]]:
-            policy = actor(batch.obs)
-            u = policy.pre_tanh(noise["action"])
-            q = nets["critic"](batch.obs, u.tanh()).amin(0)
-            logp = policy.log_prob(u)
-            value = (alpha * logp - q).mean()
-            return value, {"actor_loss": value.detach(), "logp": logp.detach()}
+            target = self.soft_target(nets, batch, noise["next_action"], knobs["gamma"], alpha)
 
         def critic_loss(critic: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             q, further = self.values(critic, batch.obs, batch.action)
@@ -82,7 +71,7 @@ class SACN(Soft, OfflineAlgorithm):
             found |= {name: term.detach() for name, term in further.items()}
             return sum(further.values(), value), found
 
-        metrics = nets.descend("actor", actor_loss)
+        metrics = nets.descend("actor", self.soft_policy_loss(nets, batch.obs, noise["action"], alpha))
         logp = metrics.pop("logp")
         metrics |= self.adapt(nets, logp, batch.action.shape[-1])
         metrics |= nets.descend("critic", critic_loss)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ctrlrl.data.transitions import Transitions
 from ctrlrl.engine.algorithm import Networks, OfflineAlgorithm, Spaces, register
+from ctrlrl.engine.delayed import Delayed
 from ctrlrl.nets.actors import DeterministicActor
 from ctrlrl.nets.q_ensemble import QEnsemble
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class TD3BC(OfflineAlgorithm):
+class TD3BC(Delayed, OfflineAlgorithm):
     """Deterministic policy gradient, scaled by the size of the values, plus the squared distance to the data's actions.
 
     alpha = 0 is behaviour cloning (see bc).
@@ -37,33 +38,12 @@ class TD3BC(OfflineAlgorithm):
 
     alpha: float = 2.5
     """Weight of the critic against the regression, after the critic's values are divided by their mean size."""
-    policy_delay: int = 2
-    """Updates of the critics for one of the policy and of the targets."""
     exploration_noise: float = 0.1
     """Deviation of the noise on collected actions when training goes on in an environment."""
-    target_noise: float = 0.2
-    """Deviation of the noise on the target policy's actions."""
-    target_noise_clip: float = 0.5
-    """Largest size of that noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.policy_delay < 1:
-            raise ValueError(f"policy_delay={self.policy_delay} must be at least 1")
-        for name in ("alpha", "exploration_noise", "target_noise", "target_noise_clip"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-
-    @property
-    def period(self) -> int:
-        """Updates after which the pattern repeats."""
-        return self.policy_delay
-
-    def noise(
-        self, n: int, batch_size: int, action_size: int, generator: torch.Generator, params: int = 0
-    ) -> dict[str, Tensor]:
-        shape = (n, batch_size, action_size)
-        return {"next_action": torch.randn(shape, generator=generator, device=generator.device)}
+        self._not_negative("alpha exploration_noise")
 
     def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         actor = DeterministicActor(
@@ -76,9 +56,7 @@ class TD3BC(OfflineAlgorithm):
         self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor], phase: int
     ) -> dict[str, Tensor]:
         with torch.no_grad():
-            bound = self.target_noise_clip
-            smoothing = (self.target_noise * noise["next_action"]).clamp(-bound, bound)
-            action = (nets["actor_target"](batch.next_obs) + smoothing).clamp(-1.0, 1.0)
+            action = self.smoothed(nets["actor_target"](batch.next_obs), noise["next_action"])
             value = nets["critic_target"](batch.next_obs, action).amin(0)
             target = batch.reward_t + knobs["gamma"] * (1.0 - batch.terminated_t) * value
 
@@ -96,8 +74,4 @@ class TD3BC(OfflineAlgorithm):
             return value, {"actor_loss": value.detach(), "bc_loss": regression.detach()}
 
         metrics = nets.descend("critic", critic_loss)
-        if phase == self.policy_delay - 1:
-            metrics |= nets.descend("actor", actor_loss)
-            for network in ("actor", "critic"):
-                nets.track(f"{network}_target", network, knobs["tau"])
-        return metrics
+        return metrics | self.move(nets, actor_loss, knobs, phase)

@@ -69,11 +69,6 @@ class Adversarial(TD3):
         """The critics' for networks with "critic" in their name, the actor's for all others."""
         return super().learning_rate("critic" if "critic" in network else "actor", config)
 
-    def smoothed(self, x: Tensor, noise: Tensor) -> Tensor:
-        """``x`` [B, k] in [-1, 1] with the target's clipped noise (Fujimoto et al. 2018, eq. 14)."""
-        clip = self.target_noise_clip
-        return (x + (self.target_noise * noise).clamp(-clip, clip)).clamp(-1.0, 1.0)
-
     @staticmethod
     def regression(batch: Transitions, inputs: tuple[Tensor, ...], target: Tensor) -> Callable[..., Any]:
         """The loss of a critic whose members are all to predict ``target`` [B] from observation and ``inputs``."""

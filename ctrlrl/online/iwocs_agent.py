@@ -17,6 +17,7 @@ from ctrlrl.engine.algorithm import Networks, Spaces
 from ctrlrl.engine.collected import Collected
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.learner import Learner
+from ctrlrl.engine.memory import recalled
 from ctrlrl.engine.off_policy import OffPolicyAgent
 from ctrlrl.engine.seeding import derive
 from ctrlrl.nets.actors import BoxActor
@@ -148,18 +149,8 @@ class IWOCSAgent(OffPolicyAgent):
         """
         found, batched = self._as_batch(observation)
         obs = cast(Tensor, found)
-        n, width = obs.shape[0], self.policy.action_shape[0]
-        before = Memory.none(obs, width)
-        if state is not None:
-            shapes = [np.shape(part) for part in state]
-            if shapes != [tuple(part.shape) for part in before]:
-                raise ValueError(f"state has arrays of shapes {shapes}; give what predict returned for a batch of {n}")
-            before = Memory(*(torch.as_tensor(np.asarray(part), device=self.device) for part in state))
-        if episode_start is not None:
-            started = np.asarray(episode_start, dtype=bool)
-            if started.shape not in ((), (n,)):
-                raise ValueError(f"episode_start has shape {started.shape}; expected ({n},)")
-            before = before._replace(there=before.there & ~torch.as_tensor(started, device=self.device))
+        width = self.policy.action_shape[0]
+        before = recalled(Memory.none(obs, width), state, episode_start, self.device)
         noise = None if deterministic else self._predict_generator()
         action, after = self._decide(self.acting, obs, before, noise)
         return (action if batched else action[0]), tuple(part.cpu().numpy() for part in after)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,26 +41,15 @@ class SAC(Soft):
     ) -> dict[str, Tensor]:
         alpha = self.alpha(nets, batch.reward_t)
         with torch.no_grad():
-            policy = nets["actor"](batch.next_obs)
-            u = policy.pre_tanh(noise["next_action"])
-            soft_value = nets["critic_target"](batch.next_obs, u.tanh()).amin(0) - alpha * policy.log_prob(u)
-            target = batch.reward_t + knobs["gamma"] * (1.0 - batch.terminated_t) * soft_value
+            target = self.soft_target(nets, batch, noise["next_action"], knobs["gamma"], alpha)
 
         def critic_loss(critic: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             q = critic(batch.obs, batch.action)
             value = 0.5 * (q - target).square().mean(1).sum()
             return value, {"critic_loss": value.detach(), "q": q.detach().mean()}
 
-        def actor_loss(actor: Callable[..., Any]) -> tuple[Tensor, dict[str, Tensor]]:
-            policy = actor(batch.obs)
-            u = policy.pre_tanh(noise["action"])
-            q = nets["critic"](batch.obs, u.tanh()).amin(0)
-            logp = policy.log_prob(u)
-            value = (alpha * logp - q).mean()
-            return value, {"actor_loss": value.detach(), "logp": logp.detach()}
-
         metrics = nets.descend("critic", critic_loss)
-        metrics |= nets.descend("actor", actor_loss)
+        metrics |= nets.descend("actor", self.soft_policy_loss(nets, batch.obs, noise["action"], alpha))
         logp = metrics.pop("logp")
         metrics |= self.adapt(nets, logp, batch.action.shape[-1])
         nets.track("critic_target", "critic", knobs["tau"])

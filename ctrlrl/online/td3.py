@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ctrlrl.data.transitions import Transitions
-from ctrlrl.engine.algorithm import Algorithm, Networks, Spaces, register
+from ctrlrl.engine.algorithm import Networks, Spaces, register
+from ctrlrl.engine.delayed import Delayed
 from ctrlrl.nets.actors import DeterministicActor
 from ctrlrl.nets.q_ensemble import QEnsemble
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True)
-class TD3(Algorithm):
+class TD3(Delayed):
     """Deterministic policy gradient on the first of two critics, every second update."""
 
     paper: ClassVar[str] = "Addressing Function Approximation Error in Actor-Critic Methods, arXiv:1802.09477"
@@ -31,33 +32,12 @@ class TD3(Algorithm):
         "10,000 random steps at first."
     )
 
-    policy_delay: int = 2
-    """Updates of the critics for one of the policy and of the targets."""
     exploration_noise: float = 0.1
     """Deviation of the noise on collected actions, in half-ranges of the action."""
-    target_noise: float = 0.2
-    """Deviation of the noise on the target policy's actions."""
-    target_noise_clip: float = 0.5
-    """Largest size of that noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.policy_delay < 1:
-            raise ValueError(f"policy_delay={self.policy_delay} must be at least 1")
-        for name in ("exploration_noise", "target_noise", "target_noise_clip"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-
-    @property
-    def period(self) -> int:
-        """Updates after which the pattern repeats."""
-        return self.policy_delay
-
-    def noise(
-        self, n: int, batch_size: int, action_size: int, generator: torch.Generator, params: int = 0
-    ) -> dict[str, Tensor]:
-        shape = (n, batch_size, action_size)
-        return {"next_action": torch.randn(shape, generator=generator, device=generator.device)}
+        self._not_negative("exploration_noise")
 
     def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         actor = DeterministicActor(
@@ -70,9 +50,7 @@ class TD3(Algorithm):
         self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor], phase: int
     ) -> dict[str, Tensor]:
         with torch.no_grad():
-            bound = self.target_noise_clip
-            smoothing = (self.target_noise * noise["next_action"]).clamp(-bound, bound)
-            action = (nets["actor_target"](batch.next_obs) + smoothing).clamp(-1.0, 1.0)
+            action = self.smoothed(nets["actor_target"](batch.next_obs), noise["next_action"])
             value = nets["critic_target"](batch.next_obs, action).amin(0)
             target = batch.reward_t + knobs["gamma"] * (1.0 - batch.terminated_t) * value
 
@@ -86,8 +64,4 @@ class TD3(Algorithm):
             return value, {"actor_loss": value.detach()}
 
         metrics = nets.descend("critic", critic_loss)
-        if phase == self.policy_delay - 1:
-            metrics |= nets.descend("actor", actor_loss)
-            for network in ("actor", "critic"):
-                nets.track(f"{network}_target", network, knobs["tau"])
-        return metrics
+        return metrics | self.move(nets, actor_loss, knobs, phase)
