@@ -160,6 +160,8 @@ class OnPolicyConfig(RunConfig):
     """Rows per step of the separate value update; None takes the whole rollout."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    moment_coef: float = 0.0
+    """Weight of the mean squares of a Gaussian policy's mean and deviation (lambda_z of GoRL's released code)."""
     max_grad_norm: float | None = 0.5
     """Largest norm of the whole gradient; None is off."""
     target_kl: float | None = None
@@ -194,7 +196,7 @@ class OnPolicyConfig(RunConfig):
             "clip_obs clip_reward diagnose_every steps_per_graph micro_batches"
         )
         self._fractions("gamma gae_lambda")
-        self._at_least_zero("learning_rate value_coef entropy_coef")
+        self._at_least_zero("learning_rate value_coef entropy_coef moment_coef")
         if self.value_batch_size is not None and self.value_epochs is None:
             raise ConfigError("value_batch_size is set but value_epochs is not: there is no separate value update")
 

@@ -41,10 +41,10 @@ Step: TypeAlias = Callable[[OptState, SequenceBatch, dict[str, Tensor]], tuple[O
 
 
 class FlatParameters:
-    """A module's parameters as views into one vector."""
+    """A module's parameters that are trained (``requires_grad``) as views into one vector."""
 
     def __init__(self, module: nn.Module) -> None:
-        named = list(module.named_parameters())
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.names = [n for n, _ in named]
         self.shapes = [p.shape for _, p in named]
         self.sizes = [p.numel() for _, p in named]
@@ -111,6 +111,8 @@ def make_step(
             entropy = reduce.masked_sum(out.entropy, batch.mask) / count
             total = total + policy_loss - config.entropy_coef * entropy
             metrics |= {"policy_gradient_loss": policy_loss.detach(), "entropy_loss": -entropy.detach()}
+            if config.moment_coef > 0.0:
+                total = total + config.moment_coef * reduce.masked_sum(_moments(out), batch.mask) / count
         if train_value and "value" in loss.critics:
             value_loss = reduce.masked_sum(_value_error(batch, out, config.value_clip), batch.mask) / count
             total = total + config.value_coef * value_loss
@@ -150,7 +152,7 @@ def make_step(
         metrics["grad_norm" if train_policy else "value_grad_norm"] = norm
         if config.max_grad_norm is not None:
             grad = grad * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        stepped = _adam(state, grad, knobs["learning_rate"], config.adam_eps, clock, tick, mine)
+        stepped = adam(state, grad, knobs["learning_rate"], config.adam_eps, clock, tick, mine)
         if train_policy and config.target_kl is not None and "approx_kl" in metrics:
             alive = state.alive & (metrics["approx_kl"] <= 1.5 * config.target_kl)
             kept = [torch.where(alive, new, old) for new, old in zip(stepped[:4], state[:4], strict=True)]
@@ -158,6 +160,15 @@ def make_step(
         return stepped, metrics
 
     return step
+
+
+def _moments(out: PolicyOutput) -> Tensor:
+    """[B, T] mean over the action's dimensions of mean^2 + std^2, of the distribution's parameters.
+
+    Of sampled actions it would have no gradient.
+    """
+    params = out.dist.params()
+    return (params["mean"].square() + (2.0 * params["log_std"]).exp()).mean(-1)
 
 
 def _value_error(batch: SequenceBatch, out: PolicyOutput, clip: float | None) -> Tensor:
@@ -170,7 +181,7 @@ def _value_error(batch: SequenceBatch, out: PolicyOutput, clip: float | None) ->
     return torch.maximum(error, (near - batch.value_target) ** 2)
 
 
-def _adam(
+def adam(
     state: OptState, gradient: Tensor, learning_rate: Tensor, eps: float, clock: int, tick: Tensor, mine: Tensor | None
 ) -> OptState:
     """Adam (Kingma and Ba 2015) with torch.optim.Adam's arithmetic, on the flat vector."""

@@ -71,6 +71,14 @@ def check_world(loss: PolicyLoss, world: World, action_space: gym.Space, config:
     if absent:
         what = "; ".join(f"{need} ({NEEDS[need]})" for need in absent)
         raise ConfigError(f"{loss.name} cannot run on {WORLDS[world]} here: it needs {what}")
+    if config.moment_coef > 0 and world != "continuous":
+        raise ConfigError(f"moment_coef is for Gaussian actions, not for {WORLDS[world]}: leave it at 0")
+    network = config.network
+    if world == "flow" and network.flow_noise == 0 and network.step_std is None and "matching" not in loss.needs:
+        raise ConfigError(
+            f"flow_noise=0 leaves the denoising steps without a density, which {loss.name} needs: set it above 0, or "
+            "step_std"
+        )
     if config.episodes.kl_reward_coef > 0 and (world == "flow" or not whole_episodes(world, loss.needs)):
         raise ConfigError(f"kl_reward_coef acts on whole episodes of actions; {loss.name} sees none: leave it at 0")
     if not whole_episodes(world, loss.needs):
@@ -132,6 +140,7 @@ def build_policy(
             likelihood="matching" if "matching" in loss.needs else "denoising",
             denoising_steps=network.denoising_steps,
             flow_noise=network.flow_noise,
+            step_std=network.step_std,
             logp_reduce=network.logp_reduce,
             matching_weight=network.matching_weight,
             matching_power=network.matching_power,

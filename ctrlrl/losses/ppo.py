@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,14 @@ class PPO(PolicyLoss):
     paper: ClassVar[str] = "Proximal Policy Optimization Algorithms, arXiv:1707.06347, eq. 7"
     slots: ClassVar[Mapping[Slot, str]] = {"mask": "clip", "ratio": "token", "advantage": "GAE"}
     needs: ClassVar[frozenset[Need]] = frozenset({"values"})
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # GoRL's latent policy (arXiv:2512.02581) without a decoder: what GoRL is to be compared with
+        "gorl": {
+            "actor_hidden": (32, 32, 32, 32), "critic_hidden": (256, 256, 256, 256, 256), "activation": "silu",
+            "std": "state", "head_gain": 0.0, "action_map": "tanh", "gamma": 0.995, "value_coef": 0.25,
+            "entropy_coef": 0.01, "max_grad_norm": None,
+        }
+    }  # fmt: skip
 
     eps: float = 0.2
     """Half-width of the band in which the ratio earns a gradient."""

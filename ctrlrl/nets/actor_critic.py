@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ctrlrl import names
 from ctrlrl.nets.cnn import NatureCNN
-from ctrlrl.nets.heads import ActionHead, action_head
+from ctrlrl.nets.heads import ActionHead, GaussianHead, action_head
 from ctrlrl.nets.mlp import mlp, orthogonal
 from ctrlrl.nets.normalizer import ObsNormalizer, ObsScaling
 from ctrlrl.nets.sampler import Sampler, sampler
@@ -31,9 +31,13 @@ class NetworkConfig:
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"
     """Activation between the layers."""
     orthogonal_init: bool = True
-    """Orthogonal weights (gain sqrt 2; 0.01 before the actions, 1 before the values), or torch's own."""
+    """Orthogonal weights (gain sqrt 2; head_gain before the actions, 1 before the values), or torch's own."""
     log_std_init: float = 0.0
     """Initial log standard deviation of Gaussian actions."""
+    std: Literal["free", "state"] = "free"
+    """Deviations of Gaussian actions: parameters of their own, or softplus of a linear function of the features."""
+    head_gain: float = 0.01
+    """Gain of the orthogonal weights before the actions; 0 starts with the same distribution in every state."""
     action_map: Literal["clip", "tanh"] = "clip"
     """How Gaussian actions meet finite bounds: cut off, or squashed onto the open interval."""
     image_features: int = 512
@@ -54,10 +58,13 @@ class NetworkConfig:
     denoising_steps: int = 8
     """Steps from noise to an action, for flow policies."""
     flow_noise: float = 0.7
-    """Size of the noise that sampling adds at each of them (a of Flow-GRPO)."""
+    """Size of the noise that sampling adds at each of them (a of Flow-GRPO). With 0 the steps are those of the ODE and
+    have no density, which is for losses on the matching loss alone."""
+    step_std: float | None = None
+    """Deviation of every denoising step, which then is one of the ODE with noise on it; None: as flow_noise says."""
     logp_reduce: Literal["sum", "mean"] = "sum"
     """Log-probability of a denoising step: sum over the action's dimensions, or their mean as for images."""
-    matching_weight: Literal["uniform", "time", "time_squared", "huber", "ghuber"] = "uniform"
+    matching_weight: Literal["uniform", "noise", "time", "time_squared", "huber", "ghuber"] = "uniform"
     """Weight over time of the flow-matching loss, where it stands for the likelihood."""
     matching_power: float = 0.25
     """Exponent of the ghuber weight."""
@@ -66,8 +73,12 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if min(self.denoising_steps, self.matching_times) < 1 or not self.flow_noise > 0:
-            raise ValueError("denoising_steps and matching_times must be at least 1 and flow_noise positive")
+        if min(self.denoising_steps, self.matching_times) < 1 or not self.flow_noise >= 0:
+            raise ValueError("denoising_steps and matching_times must be at least 1 and flow_noise not negative")
+        if self.step_std is not None and not self.step_std > 0:
+            raise ValueError(f"step_std={self.step_std} must be positive")
+        if not self.head_gain >= 0:
+            raise ValueError(f"head_gain={self.head_gain} must not be negative")
         if min(self.width, self.layers, self.heads) < 1 or self.width % self.heads:
             raise ValueError(f"width={self.width}, layers={self.layers}, heads={self.heads}: all at least 1, and the "
                              "width a multiple of the heads")  # fmt: skip
@@ -197,7 +208,9 @@ class ActorCritic(nn.Module):
         features = int(self.encoder.out_features)  # type: ignore[arg-type]
         self.actor = mlp(features, network.actor_hidden, network.activation)
         actor_features = network.actor_hidden[-1] if network.actor_hidden else features
-        self.head: ActionHead = action_head(actor_features, action_space, network.log_std_init, network.action_map)
+        self.head: ActionHead = action_head(
+            actor_features, action_space, network.log_std_init, network.action_map, network.std
+        )
         critic_features = network.critic_hidden[-1] if network.critic_hidden else features
         self.critics = nn.ModuleDict(
             {
@@ -211,7 +224,10 @@ class ActorCritic(nn.Module):
             if build is None:
                 orthogonal(self.encoder)
             orthogonal(self.actor)
-            orthogonal(self.head, 0.01)
+            if isinstance(self.head, GaussianHead):
+                self.head.start(network.head_gain)
+            else:
+                orthogonal(self.head, network.head_gain)
             for critic in self.critics.values():
                 orthogonal(critic)
                 orthogonal(critic[-1], 1.0)  # type: ignore[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
@@ -18,10 +19,10 @@ from ctrlrl.types import Distribution, Obs, PolicyOutput
 
 Likelihood: TypeAlias = Literal["denoising", "matching"]
 """What stands for the log-probability of an action: that of every denoising step, or minus the matching loss."""
-MatchingWeight: TypeAlias = Literal["uniform", "time", "time_squared", "huber", "ghuber"]
+MatchingWeight: TypeAlias = Literal["uniform", "noise", "time", "time_squared", "huber", "ghuber"]
 
 LIKELIHOODS: tuple[Likelihood, ...] = ("denoising", "matching")
-MATCHING_WEIGHTS: tuple[MatchingWeight, ...] = ("uniform", "time", "time_squared", "huber", "ghuber")
+MATCHING_WEIGHTS: tuple[MatchingWeight, ...] = ("uniform", "noise", "time", "time_squared", "huber", "ghuber")
 OBS, X, TIME = "obs", "x", "time"
 """Keys of an unfolded observation; a dictionary observation is spread over ``obs/<key>``."""
 
@@ -53,6 +54,7 @@ class Matching:
 
     ============  ====================================================
     uniform       f(m, t) = m: the loss a flow is usually trained with
+    noise         (1 - t)^2 m: what v says of eps, (x_t + (1 - t) v - eps)^2, in the place of v
     time          t m
     time_squared  t^2 m
     huber         t (sqrt(m + c) - sqrt c),  c = 1e-10
@@ -70,6 +72,8 @@ class Matching:
         error = (self.mean - action).square().mean(-1)
         if self.weight == "uniform":
             return -error
+        if self.weight == "noise":
+            return -error * (1.0 - self.time).square()
         if self.weight in ("huber", "ghuber"):
             power = 0.5 if self.weight == "huber" else self.power
             error = (error + 1e-10) ** power - 1e-10**power
@@ -109,10 +113,12 @@ class FlowPolicy(ActorCritic):
     At t = 1, where sigma is infinite, 1 - t counts as h. The last step starts at t = h, so its noise is not zero
     either: s = a h / sqrt(1 - h), which also bounds from below how exact a sampled action can be. With a = 0 the
     steps are those of the ODE; they have no density, and the log-probability is 0.
+    ``step_std`` sets s itself: the mean is then that of the ODE, x - v h, and the marginals are wider than the flow's.
 
     Args:
         denoising_steps: K.
         flow_noise: a.
+        step_std: s, the same for all steps; None is the schedule above.
         logp_reduce: Log-probability of a step as a sum over the action's dimensions, as in any other policy, or as
             their mean, as is usual for images. A mean is not a log-density: its ratio has a mean below one.
         likelihood: See :data:`Likelihood`; it is what ``forward`` answers with.
@@ -137,6 +143,7 @@ class FlowPolicy(ActorCritic):
         *,
         denoising_steps: int = 8,
         flow_noise: float = 0.7,
+        step_std: float | None = None,
         logp_reduce: Literal["sum", "mean"] = "sum",
         likelihood: Likelihood = "denoising",
         matching_weight: MatchingWeight = "uniform",
@@ -149,6 +156,8 @@ class FlowPolicy(ActorCritic):
             raise ValueError(f"{denoising_steps=} and {matching_times=} must be at least 1")
         if not flow_noise >= 0:
             raise ValueError(f"flow_noise={flow_noise} must not be negative")
+        if step_std is not None and not step_std > 0:
+            raise ValueError(f"step_std={step_std} must be positive")
         if not matching_power > 0:
             raise ValueError(f"matching_power={matching_power} must be positive")
         for name, value, known in (
@@ -161,6 +170,7 @@ class FlowPolicy(ActorCritic):
         network = network or NetworkConfig()
         super().__init__(observation_space, action_space, network, critics, normalize_obs, clip_obs, encoder)
         self.denoising_steps, self.flow_noise, self.logp_reduce = denoising_steps, flow_noise, logp_reduce
+        self.step_std = step_std
         self.likelihood: Likelihood = likelihood
         self.matching_weight: MatchingWeight = matching_weight
         self.matching_power, self.matching_times = matching_power, matching_times
@@ -171,7 +181,7 @@ class FlowPolicy(ActorCritic):
         self.head = FlowHead(width, action_space, denoising_steps, network.action_map)
         if network.orthogonal_init:
             orthogonal(self.actor)
-            orthogonal(self.head, 0.01)
+            orthogonal(self.head, network.head_gain)
         self.register_buffer("times", 1.0 - torch.arange(denoising_steps) / denoising_steps, persistent=False)
 
     # -- the flow -----------------------------------------------------------------------------
@@ -185,6 +195,8 @@ class FlowPolicy(ActorCritic):
         time, h = time.unsqueeze(-1), 1.0 / self.denoising_steps
         c = self._drift(time)
         mean = x * (1.0 - c * h) - velocity * (h * (1.0 + c * (1.0 - time)))
+        if self.step_std is not None:
+            return DiagonalGaussian(mean, torch.full_like(mean, math.log(self.step_std)))
         return DiagonalGaussian(mean, (0.5 * (2.0 * c * time * h).log()).expand_as(mean))
 
     def velocity_gain(self, time: Tensor) -> Tensor:
@@ -192,6 +204,8 @@ class FlowPolicy(ActorCritic):
         return (1.0 + self._drift(time) * (1.0 - time)) / self.denoising_steps
 
     def _drift(self, time: Tensor) -> Tensor:
+        if self.step_std is not None:
+            return torch.zeros_like(time)
         return 0.5 * self.flow_noise**2 / (1.0 - time).clamp(min=1.0 / self.denoising_steps)
 
     # -- learning -----------------------------------------------------------------------------
@@ -212,7 +226,7 @@ class FlowPolicy(ActorCritic):
             dist: Distribution = Matching(velocity, time, self.matching_weight, self.matching_power)
             return PolicyOutput(dist.log_prob(action), dist.entropy(), values, dist)
         dist = self.transition(velocity, x, time)
-        if self.flow_noise == 0:
+        if self.flow_noise == 0 and self.step_std is None:
             return PolicyOutput(torch.zeros_like(time), torch.zeros_like(time), values, dist)
         logp = dist.log_prob(action)
         return PolicyOutput(logp / x.shape[-1] if self.logp_reduce == "mean" else logp, dist.entropy(), values, dist)

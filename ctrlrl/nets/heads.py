@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ctrlrl.core import penalty
+from ctrlrl.nets.mlp import orthogonal
 from ctrlrl.types import Distribution
+
+STD_MIN, STD_MAX = 1e-3, 10.0
+"""Bounds on a deviation that depends on the state."""
 
 
 class DiagonalGaussian:
@@ -131,7 +135,10 @@ class ActionHead(nn.Module):
 
 
 class GaussianHead(ActionHead):
-    """State-independent deviations around a linear mean, for Box actions of any shape.
+    """Gaussians around a linear mean, for Box actions of any shape.
+
+    ``std`` "free" has deviations that do not depend on the state, one parameter each; with "state" they are
+    softplus(linear) + 0.001, cut to [0.001, 10] (the form of Brax's and GoRL's networks).
 
     ``action_map`` "clip" cuts at the bounds (as Stable-Baselines3 does); "tanh" maps the whole real line onto
     (low, high), which needs finite bounds. The density is that of the unmapped action in both cases: the map's
@@ -141,11 +148,21 @@ class GaussianHead(ActionHead):
     low: Tensor
     high: Tensor
 
-    def __init__(self, features: int, space: gym.spaces.Box, log_std_init: float, action_map: str) -> None:
+    def __init__(
+        self, features: int, space: gym.spaces.Box, log_std_init: float, action_map: str, std: str = "free"
+    ) -> None:
         super().__init__()
         size = int(np.prod(space.shape))
         self.linear = nn.Linear(features, size)
-        self.log_std = nn.Parameter(torch.full((size,), float(log_std_init)))
+        self.log_std_init = float(log_std_init)
+        self.spread: nn.Linear | None = None
+        if std == "free":
+            self.log_std = nn.Parameter(torch.full((size,), self.log_std_init))
+        else:
+            if not STD_MIN < math.exp(log_std_init) < STD_MAX:
+                raise ValueError(f"log_std_init={log_std_init} is outside of what a state's deviation can be, "
+                                 f"{STD_MIN} to {STD_MAX}")  # fmt: skip
+            self.spread = nn.Linear(features, size)
         self.noise_shape = self.action_shape = (size,)
         self.env_shape = space.shape
         self.action_map = action_map
@@ -155,9 +172,21 @@ class GaussianHead(ActionHead):
         self.register_buffer("low", _inward(space.low, np.inf), persistent=False)
         self.register_buffer("high", _inward(space.high, -np.inf), persistent=False)
 
+    def start(self, gain: float) -> None:
+        """Orthogonal weights times ``gain``, mean 0, deviations exp(log_std_init)."""
+        orthogonal(self, gain)
+        if self.spread is not None:
+            nn.init.constant_(self.spread.bias, math.log(math.expm1(math.exp(self.log_std_init) - STD_MIN)))
+
     def forward(self, features: Tensor) -> Distribution:
         mean = self.linear(features)
-        return DiagonalGaussian(mean, self.log_std.expand_as(mean))
+        return DiagonalGaussian(mean, self.log_deviation(features).expand_as(mean))
+
+    def log_deviation(self, features: Tensor) -> Tensor:
+        """Log standard deviations: [A], or [..., A] where they depend on the state."""
+        if self.spread is None:
+            return self.log_std
+        return (nn.functional.softplus(self.spread(features)) + STD_MIN).clamp(max=STD_MAX).log()
 
     def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(*lead, *self.noise_shape, generator=generator)
@@ -227,12 +256,14 @@ class MultiCategoricalHead(ActionHead):
         return (action + self.start).reshape(*action.shape[:-1], *self.env_shape)
 
 
-def action_head(features: int, space: gym.Space, log_std_init: float, action_map: str) -> ActionHead:
+def action_head(
+    features: int, space: gym.Space, log_std_init: float, action_map: str, std: str = "free"
+) -> ActionHead:
     """The head for ``space``; raises ``TypeError`` for spaces no density is defined on."""
     if isinstance(space, gym.spaces.Box):
         if not np.issubdtype(space.dtype, np.floating):
             raise TypeError(f"actions {space} are integers in a Box; expected floats, or a MultiDiscrete space")
-        return GaussianHead(features, space, log_std_init, action_map)
+        return GaussianHead(features, space, log_std_init, action_map, std)
     if isinstance(space, gym.spaces.Discrete):
         return CategoricalHead(features, space)
     if isinstance(space, gym.spaces.MultiDiscrete):

@@ -15,6 +15,9 @@ from ctrlrl.types import Obs
 if TYPE_CHECKING:
     from ctrlrl.nets.actor_critic import ActorCritic
 
+_FUNCTIONS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Tanh: torch.tanh, nn.ReLU: torch.relu, nn.SiLU: torch.nn.functional.silu
+}  # fmt: skip
 Sampler: TypeAlias = Callable[[Obs, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -25,32 +28,45 @@ def sampler(policy: ActorCritic) -> Sampler:
     and two thirds of that pass is Python: a plain vector through an MLP to a Gaussian therefore has a path of
     its own.
     """
-    head, preprocess = policy.head, policy.preprocess
-    simple = isinstance(head, GaussianHead) and head.action_map == "clip" and len(head.env_shape) == 1
-    known = all(isinstance(layer, nn.Linear | nn.Tanh | nn.ReLU) for layer in policy.actor)
-    if not (simple and known and preprocess.plain and policy.plain_encoder):
+    choose, head = chooser(policy), policy.head
+    if choose is None or not isinstance(head, GaussianHead) or len(head.env_shape) != 1:
         return lambda obs, noise: (action := policy.act(obs, noise), policy.to_env(obs, action))
-    assert isinstance(head, GaussianHead)
+    if head.action_map == "tanh":
+        return lambda obs, noise: (action := choose(obs, noise), head.to_env(action))
+    low, high, bounded = head.low, head.high, head.bounded
+
+    def sample(obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
+        action = choose(obs, noise)
+        return action, (torch.clamp(action, low, high) if bounded else action)
+
+    return sample
+
+
+def chooser(policy: ActorCritic) -> Callable[[Obs, Tensor], Tensor] | None:
+    """``act`` without the frames of nn.Module; None where the policy has no path of its own."""
+    head, preprocess = policy.head, policy.preprocess
+    known = all(isinstance(layer, nn.Linear | nn.Tanh | nn.ReLU | nn.SiLU) for layer in policy.actor)
+    if not (isinstance(head, GaussianHead) and known and preprocess.plain and policy.plain_encoder):
+        return None
     steps: list[Callable[[Tensor], Tensor]] = []
     linear = torch.nn.functional.linear
     for layer in policy.actor:
         if isinstance(layer, nn.Linear):
             steps.append(lambda x, w=layer.weight, b=layer.bias: linear(x, w, b))
         else:
-            steps.append(torch.tanh if isinstance(layer, nn.Tanh) else torch.relu)
-    weight, bias, std = head.linear.weight, head.linear.bias, head.log_std.detach().exp()
-    low, high, bounded = head.low, head.high, head.bounded
+            steps.append(_FUNCTIONS[type(layer)])
+    weight, bias = head.linear.weight, head.linear.bias
     normalizer = preprocess.normalizer
     if isinstance(normalizer, ObsNormalizer):
         shift, scale, clip = normalizer.shift, normalizer.scale, normalizer.clip
         steps.insert(0, lambda x: torch.addcmul(shift, x, scale).clamp(-clip, clip))
+    std = None if head.spread is not None else head.log_std.detach().exp()
 
-    def sample(obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(obs: Obs, noise: Tensor) -> Tensor:
         x = obs
         assert isinstance(x, Tensor)
         for step in steps:
             x = step(x)
-        action = torch.addcmul(linear(x, weight, bias), std, noise)
-        return action, (torch.clamp(action, low, high) if bounded else action)
+        return torch.addcmul(linear(x, weight, bias), head.log_deviation(x).exp() if std is None else std, noise)
 
-    return sample
+    return choose

@@ -38,6 +38,7 @@ NOT_REINFORCE_AT_ONE: dict[str, str] = {
     "dpo": "pairs",
     "epo": "the entropy term",
     "flow_grpo": "its KL to the reference is that of the steps' means",
+    "fpo": "one ratio for all positions of a row, which share an advantage",
     "hpt": "demonstrations take the place of groups that fail",
     "gbpo": "the target's sign, and its own KL",
     "grpo_guard": "the ratio is centred and rescaled",
@@ -245,6 +246,8 @@ def binary(batch):
 
 
 TOGETHER = {
+    "dppo": {"eps_rate": {"eps_first": 0.01}},
+    "fpo": {"difference_max": {"ratio_of": "sample"}},
     "dapo": {"overlong_cache": {"overlong_length": 3}},
     "precision_diversity": {"top_k": {"top_reward": 0.1}},
     "gdpo": {"weights": {}},

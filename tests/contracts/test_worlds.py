@@ -53,7 +53,9 @@ DECLINED: dict[str, dict[str, Sequence[str]]] = {
     },
     # the denoising of an action is their sequence
     "awm": dict.fromkeys(("tokens", "discrete", "continuous"), ("matching",)),
+    "dppo": dict.fromkeys(("tokens", "discrete", "continuous"), ("denoising",)),
     "flow_grpo": dict.fromkeys(("tokens", "discrete", "continuous"), ("denoising",)),
+    "fpo": dict.fromkeys(("tokens", "discrete", "continuous"), ("matching",)),
     "grpo_guard": dict.fromkeys(("tokens", "discrete", "continuous"), ("denoising",)),
     "diffusion_opd": {
         "tokens": ["gaussian", "teacher"],

@@ -60,10 +60,14 @@ def build(obs=BOX, action=None, normalized=True, config=SMALL, **kwargs):
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize("activation", ["tanh", "relu", "elu"])
+@pytest.mark.parametrize(
+    ("activation", "std"), [("tanh", "free"), ("relu", "free"), ("elu", "free"), ("silu", "free"), ("silu", "state")]
+)
 @pytest.mark.parametrize("name", ACTIONS)
-def test_the_sampler_equals_act_and_to_env_bit_for_bit(name, activation, normalized):
-    config = NetworkConfig(actor_hidden=(8, 8), critic_hidden=(6,), activation=activation, log_std_init=0.7)
+def test_the_sampler_equals_act_and_to_env_bit_for_bit(name, activation, std, normalized):
+    config = NetworkConfig(
+        actor_hidden=(8, 8), critic_hidden=(6,), activation=activation, log_std_init=0.7, std=std, head_gain=1.0
+    )
     policy = build(action=ACTIONS[name], config=config, normalized=normalized, normalize_obs=normalized)
     obs, noise = observations(BOX) * 20, policy.noise(1, 16, gen(1))[0]
     with torch.inference_mode():
@@ -90,6 +94,29 @@ def test_the_sampler_keeps_tanh_actions():
         action, sent = policy.sampler()(obs, noise)
         assert torch.equal(sent, policy.to_env(obs, policy.act(obs, noise))) and sent.abs().max() <= 1.0
         assert action.abs().max() > 1.0
+
+
+def test_deviations_of_the_state_are_softplus_and_begin_where_they_are_told():
+    """softplus(0.5413) = 1: the standard normal that GoRL resets to, less the least deviation of 0.001."""
+    policy = build(config=NetworkConfig(actor_hidden=(8,), std="state", head_gain=0.0))
+    params = policy.distribution(observations(BOX)).params()
+    assert params["log_std"].shape == params["mean"].shape
+    assert torch.allclose(params["log_std"].exp(), torch.ones(()), atol=1e-6) and params["mean"].abs().max() == 0.0
+    assert policy.head.spread is not None
+    assert torch.allclose(torch.nn.functional.softplus(policy.head.spread.bias), torch.tensor(0.999), atol=1e-6)
+    wide = build(config=NetworkConfig(actor_hidden=(8,), std="state", head_gain=1.0, log_std_init=-0.5))
+    stds = wide.distribution(100.0 * observations(BOX)).params()["log_std"].exp()
+    assert stds.std() > 0.0 and stds.min() >= 0.001 and stds.max() <= 10.0
+    nn = torch.nn.functional
+    features = wide.actor(wide._features(observations(BOX)))
+    expected = (nn.softplus(features @ wide.head.spread.weight.T + wide.head.spread.bias) + 1e-3).clamp(max=10.0)
+    assert torch.allclose(wide.head(features).params()["log_std"].exp(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("log_std_init", [-7.0, 2.5])
+def test_a_deviation_beyond_what_a_state_can_have_is_refused(log_std_init):
+    with pytest.raises(ValueError, match="log_std_init"):
+        build(config=NetworkConfig(std="state", log_std_init=log_std_init))
 
 
 @pytest.mark.parametrize("name", OBS)
