@@ -19,7 +19,11 @@ from ctrlrl.engine.on_policy import OnPolicyAgent
 from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.engine.world import capabilities
 from ctrlrl.losses import base as losses
+from ctrlrl.online.gorl_agent import GoRL
 from ctrlrl.types import EnvSpec
+
+COMPOSED: tuple[type[GoRL], ...] = (GoRL,)
+"""Agents that are more than the loop with one loss, and say of themselves what a loss would say."""
 
 AgentClass: TypeAlias = type[OnPolicyAgent] | type[OffPolicyAgent] | type[OfflineAgent]
 
@@ -47,7 +51,7 @@ def agent_classes() -> dict[str, AgentClass]:
     for name in algorithms.names():
         algorithm = algorithms.get(name)
         classes[algorithm.__name__] = _transition_class(name, algorithm.agent_class())
-    return classes
+    return classes | {cls.__name__: cls for cls in COMPOSED}
 
 
 def _transition_class(name: str, kind: type[Any]) -> Any:
@@ -63,7 +67,7 @@ def methods() -> dict[str, Method]:
     found = {}
     for cls in agent_classes().values():
         on_policy = issubclass(cls, OnPolicyAgent)
-        own = losses.get(cls.method) if on_policy else algorithms.get(cls.method)
+        own: Any = cls if cls in COMPOSED else losses.get(cls.method) if on_policy else algorithms.get(cls.method)
         family = "on-policy" if on_policy else "offline" if issubclass(cls, OfflineAgent) else "off-policy"
         found[cls.method] = Method(cls.method, family, own.paper, cls.capabilities, tuple(own.presets), cls)
     return found

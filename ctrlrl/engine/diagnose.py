@@ -13,7 +13,6 @@ from ctrlrl.core.support import restricted_logp
 from ctrlrl.data.rows import split
 from ctrlrl.engine.log import Histogram
 from ctrlrl.losses.base import Knobs, PolicyLoss
-from ctrlrl.losses.group import ClippedGroupLoss
 from ctrlrl.types import ON_POLICY, PolicyOutput, SequenceBatch
 
 POSITIONS = 4096
@@ -172,7 +171,7 @@ def _look_at(policy: Any, loss: PolicyLoss, batch: SequenceBatch, knobs: Knobs) 
             logp = restricted_logp(out.dist.params()["logits"], batch.support, batch.action)
             out = out._replace(logp=logp)
         log_ratio = ratio.log_ratio(out.logp, batch.logp_old, mask)
-        clipped = loss.log_ratio(batch, out) if isinstance(loss, ClippedGroupLoss) else log_ratio
+        clipped = loss.log_ratio(batch, out)
     found = {
         "own": _own(batch).unsqueeze(-1).expand(mask.shape),
         "log_ratio": log_ratio,

@@ -26,7 +26,7 @@ from ctrlrl.engine.world import Policy, build_policy, check_world, defaults, who
 from ctrlrl.losses import base as losses
 from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.nets.normalizer import RewardNormalizer
-from ctrlrl.types import Backend, EnvSpec, SequenceBatch
+from ctrlrl.types import Backend, EnvSpec, SequenceBatch, World
 
 logger = logging.getLogger("ctrlrl")
 
@@ -71,27 +71,24 @@ class OnPolicyAgent(TrainedAgent):
         super().__init__()
         self.method = method or self.method
         encoder = self._name_encoder(encoder, settings)
-        loss_type = losses.get(self.method)
+        loss_type = self._loss_type(settings.get("latent"))
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
         self.observation_space, self.action_space, self.tokens = environments.describe(resolved)
         kind = str(settings.get("policy", "auto"))
-        self.world = world_of(self.action_space, self.tokens, kind, loss_type.needs)
+        self.world: World = world_of(self.action_space, self.tokens, kind, loss_type.needs)
         episodes = whole_episodes(self.world, loss_type.needs)
         asked = backend or (env.backend if isinstance(env, EnvSpec) else "auto")
         if episodes and isinstance(resolved, EnvSpec) and asked == "auto":
             # EnvPool cannot start episodes from given seeds
             resolved = environments.resolve(dataclasses.replace(resolved, backend="sync"))
         self._use(resolved)
-        config, self.loss = build(loss_type, settings, preset, defaults(self.world, loss_type.needs))
+        found = defaults(self.world, loss_type.needs) | self._own_defaults()
+        config, self.loss = self._settle(loss_type, settings, preset, found)
         check_world(self.loss, self.world, self.action_space, config)
         self.device = devices.resolve(config.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.seed, "network"))
-            policy = build_policy(
-                self.world, self.observation_space, self.action_space, self.tokens, config, self.loss, encoder
-            )
-            self.policy = policy.to(self.device)
+        self._encoder = encoder
+        self.policy = self._network(config, derive(self.seed, "network"))
         threads = config.threads or devices.threads(self.policy)
         self.config = dataclasses.replace(config, device=str(self.device), threads=threads)
         self.reward_normalizer = RewardNormalizer(self.n_envs, config.gamma, config.clip_reward).to(self.device)
@@ -104,6 +101,35 @@ class OnPolicyAgent(TrainedAgent):
         self.controllers = self.loss.controllers()
         self.controller_states = {k: c.initial() for k, c in self.controllers.items()}
         self.stats: dict[str, float] = {}
+
+    # -- what a composed method changes -------------------------------------------------------
+
+    @classmethod
+    def _loss_type(cls, chosen: str | None) -> type[PolicyLoss]:
+        """The policy loss; ``chosen`` is the user's, for methods that let one choose."""
+        return losses.get(cls.method)
+
+    @classmethod
+    def _settle(
+        cls, loss: type[PolicyLoss], settings: Mapping[str, Any], preset: str | None, found: Mapping[str, Any]
+    ) -> tuple[OnPolicyConfig, PolicyLoss]:
+        """Sort the settings; ``found`` are the defaults of this kind of rows."""
+        return build(loss, settings, preset, found)
+
+    def _own_defaults(self) -> dict[str, Any]:
+        """Defaults that depend on the spaces, which are known."""
+        return {}
+
+    def _network(self, config: OnPolicyConfig, seed: int) -> Policy:
+        """The policy, freshly initialised."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._build_policy(config).to(self.device)
+
+    def _build_policy(self, config: OnPolicyConfig) -> Policy:
+        return build_policy(
+            self.world, self.observation_space, self.action_space, self.tokens, config, self.loss, self._encoder
+        )
 
     # -- training -----------------------------------------------------------------------------
 
@@ -201,17 +227,19 @@ class OnPolicyAgent(TrainedAgent):
 
     @classmethod
     def blueprint(
-        cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None, policy: str = "auto"
-    ) -> tuple[OnPolicyConfig, PolicyLoss]:
+        cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None,
+        policy: str = "auto", latent: str | None = None,
+    ) -> tuple[OnPolicyConfig, PolicyLoss]:  # fmt: skip
         """The defaults with which this method would train on ``env``: token sequences and groups of episodes have
-        some of their own. Without an environment, or with one that cannot be built, the loss alone decides."""
-        loss = losses.get(cls.method)
+        some of their own. Without an environment, or with one that cannot be built, the loss alone decides.
+        ``latent`` is the loss of the latent policy, for methods that have one."""
+        loss = cls._loss_type(latent)
         found = defaults("continuous", loss.needs)
         with contextlib.suppress(Exception):  # training says what is wrong
             if env:
                 _, actions, tokens = environments.describe(environments.resolve(env, env_kwargs=env_kwargs))
                 found = defaults(world_of(actions, tokens, policy, loss.needs), loss.needs)
-        return build(loss, {}, preset, found)
+        return cls._settle(loss, {} if latent is None else {"latent": latent}, preset, found)
 
     def tensors(self) -> dict[str, Tensor]:
         state = self.updater.state

@@ -13,6 +13,7 @@ Densities are per unit of the environment's actions. Policies on both sides of a
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -25,6 +26,7 @@ from ctrlrl.engine.prior import same_bounds
 from ctrlrl.nets.actor_critic import ActorCritic
 from ctrlrl.nets.actors import BoxActor, SquashedGaussian
 from ctrlrl.nets.heads import CategoricalHead, DiagonalGaussian, GaussianHead, MultiCategoricalHead
+from ctrlrl.nets.latent_policy import LatentPolicy
 from ctrlrl.types import Obs
 
 RESOLUTION = 2.0**-24
@@ -127,6 +129,8 @@ class AgentPolicy:
             if isinstance(found, DiagonalGaussian):
                 wide = DiagonalGaussian(policy.middle + policy.scale * found.mean, found.log_std + policy.scale.log())
                 return clipped_density(wide, action.flatten(1), policy.low, policy.high)
+        elif isinstance(policy, LatentPolicy) and policy.decoding:
+            return decoded_density(policy, obs, action.flatten(1))
         elif isinstance(policy, ActorCritic):
             head, found = policy.head, policy.distribution(obs)
             if type(head) is GaussianHead and isinstance(found, DiagonalGaussian):
@@ -147,6 +151,37 @@ def squashed_density(policy: SquashedGaussian, action: Tensor, low: Tensor, high
 
     log N(u) - log(1 - tanh(u)^2) - log(half-range), summed over dimensions
     """
+    u, volume, exact = unsquashed(action, low, high)
+    return Density(DiagonalGaussian(policy.mean.double(), policy.log_std.double()).log_prob(u) - volume, exact)
+
+
+def decoded_density(policy: LatentPolicy, obs: Obs, action: Tensor) -> Density:
+    """Log-density of actions [N, A] of a policy that decodes latents: log N(eps), less the log-volume of what decoding
+    and squashing make of a unit of eps.
+
+    Raises:
+        NoDensityError: An action lies where decoded ones are cut off, or none is decoded to.
+    """
+    head = policy.head
+    if not isinstance(head, GaussianHead):
+        raise NoDensityError(f"latents are no Gaussian, found {type(head).__name__}")
+    if head.action_map == "tanh":
+        u, volume, exact = unsquashed(action, head.low, head.high)
+    elif ((action <= head.low) | (action >= head.high)).any():
+        raise NoDensityError("a decoded action was cut off at a bound, and how often that happens is not known")
+    else:
+        u, volume = action.double(), torch.zeros(len(action), dtype=torch.float64, device=action.device)
+        exact = torch.ones(len(action), dtype=torch.bool, device=action.device)
+    try:
+        latent, decoding = policy.encode(obs, u.to(torch.float32))
+    except RuntimeError as error:
+        raise NoDensityError(str(error)) from None
+    return Density(policy.distribution(obs).log_prob(latent).double() - decoding - volume, exact)
+
+
+def unsquashed(action: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u [N, A] in float64 of ``action = middle + half-range x tanh(u)`` [N, A], the log-volume [N] of the map there,
+    and [N] whether u is more than a guess."""
     low, high = low.double(), high.double()
     half = (high - low) / 2
     unit = (action.double() - (high + low) / 2) / half
@@ -154,8 +189,13 @@ def squashed_density(policy: SquashedGaussian, action: Tensor, low: Tensor, high
     # d atanh(a) = da / (1 - a^2); float32 rounds the action itself, before its middle is taken off
     rounding = RESOLUTION * torch.maximum(low.abs(), high.abs()) / half
     exact = (rounding / (1.0 - unit.square()) < TOLERANCE).all(-1)
-    wide = SquashedGaussian(policy.mean.double(), policy.log_std.double())
-    return Density(wide.log_prob(unit.atanh()) - half.log().sum(), exact)
+    return unit.atanh(), (torch.log1p(-unit.square()) + half.log()).sum(-1), exact
+
+
+def log_volume(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Log-volume [N] of ``middle + half-range x tanh(u)`` at u [N, A], without overflow."""
+    squash = 2.0 * (math.log(2.0) - u - torch.nn.functional.softplus(-2.0 * u))
+    return (squash + ((high - low) / 2).log()).sum(-1)
 
 
 def clipped_density(policy: DiagonalGaussian, action: Tensor, low: Tensor, high: Tensor) -> Density:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo
 from ctrlrl.engine import environments
 from ctrlrl.engine.agent import Agent
-from ctrlrl.engine.policy_density import clipped_density
+from ctrlrl.engine.policy_density import clipped_density, log_volume
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.nets.actor_critic import ActorCritic
 from ctrlrl.nets.actors import GaussianActor, SquashedGaussian, SquashedGaussianActor
@@ -255,6 +255,20 @@ def _density(policy: Any) -> Callable[[Obs, Tensor], tuple[Tensor, Tensor]] | No
             sent = policy.to_env(obs, found.sample(noise))
             wide = DiagonalGaussian(policy.middle + policy.scale * found.mean, found.log_std + policy.scale.log())
             return sent, clipped_density(wide, sent.flatten(1), policy.low, policy.high).logp
+
+    elif getattr(policy, "decoding", False):  # latents, which a decoder makes actions of
+        squashed = policy.head.action_map == "tanh"
+        if not squashed and policy.head.bounded:
+            return None  # how often decoded actions are cut off is not known
+
+        def act(obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
+            found, decoder = policy.distribution(obs), policy.decoder
+            latent = found.sample(noise)
+            # at the latent, which float32 does not give back from the action
+            log_prob = found.log_prob(latent) - decoder.log_det(decoder.features(obs), latent)
+            u = policy.decode(obs, latent)
+            volume = log_volume(u, policy.head.low, policy.head.high) if squashed else 0.0
+            return policy.head.to_env(u), log_prob - volume
 
     elif type(head) is GaussianHead:  # a flow's is a subclass
 

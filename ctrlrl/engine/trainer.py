@@ -22,6 +22,7 @@ from ctrlrl.engine import checkpoint, environments, hooks, runfolder
 from ctrlrl.engine.agent import Agent
 from ctrlrl.engine.config import to_dict
 from ctrlrl.engine.errors import NonFiniteError, NonFiniteUpdateError
+from ctrlrl.engine.evaluate import Evaluation
 from ctrlrl.engine.graphs import compiler_available
 from ctrlrl.engine.log import Histogram, Progress, RunLogger, Tags
 from ctrlrl.nets.actor_critic import encoder_path
@@ -301,7 +302,7 @@ class TrainedAgent(Agent):
         passed = self.steps // every > before // every
         return (passed or self.steps >= self.span[1]) and self.can_evaluate
 
-    def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Sequence[Any]) -> None:
+    def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Sequence[Any]) -> Evaluation:
         result = self.evaluate(self.config.eval_episodes)
         bar.update(self.steps, {"eval/mean_reward": result.mean})
         if log is not None:
@@ -315,6 +316,7 @@ class TrainedAgent(Agent):
             if self.run_dir is not None:
                 self.write_checkpoint(self.run_dir, "best")
         self._notify(callbacks, "on_evaluation", result)
+        return result
 
     def _notify(self, callbacks: Sequence[Any], hook: str, value: Any) -> None:
         if not hooks.notify(callbacks, hook, self, value):

@@ -183,6 +183,10 @@ class PolicyLoss:
         """[B, T] the advantage that ``per_token`` will find in ``batch.coef["advantage"]``."""
         return batch.advantage
 
+    def log_ratio(self, batch: SequenceBatch, out: PolicyOutput) -> Tensor:
+        """[B, T] or [B, 1] logarithm of the ratio that a clip looks at: that of each position."""
+        return ratio.log_ratio(out.logp, batch.logp_old, batch.mask)
+
     def critic_terms(self, batch: SequenceBatch, out: PolicyOutput, knobs: Knobs) -> dict[str, Tensor]:
         """[B, T] losses of critics beside the value function, each times its coefficient."""
         return {}

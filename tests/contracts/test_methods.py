@@ -35,6 +35,7 @@ EXCEPTIONS = {
     "diffusion_opd": frozenset(["resume", "vector", "box", "flow", "dict_obs", "image_obs", "gpu", "compile"]),
 }
 DECLARED = {name: EXCEPTIONS.get(name, EPISODES) for name in losses.names()}
+DECLARED["gorl"] = frozenset({"resume", "vector", "box", "dict_obs", "gpu", "compile"})
 """What each method must declare. Taking something away here is a decision, not an accident."""
 TRANSITIONS = [name for name, declared in DECLARED.items() if "compile" in declared and name != "diffusion_opd"]
 """Methods on single transitions: what depends on the loop and not on the loss is checked with these."""

@@ -37,8 +37,10 @@ def tiny(name, **settings):
     """Settings that train in milliseconds; methods which take the whole rollout by default still do."""
     small = {"n_steps": 16, "epochs": 2, "actor_hidden": (8,), "critic_hidden": (8,), "device": "cpu", "threads": 1}
     small |= {"image_features": 8, "eval_every": None}
+    if name == "gorl":
+        small["stages"] = (1.0,)  # the others are looked at in tests/online/test_gorl.py
     for field in ("batch_size", "value_batch_size"):
-        if losses.get(name).loop_defaults.get(field, 16 if field == "batch_size" else None) is not None:
+        if losses.get("ppo" if name == "gorl" else name).loop_defaults.get(field, 16 if field == "batch_size" else None) is not None:
             small[field] = 16
     return small | settings
 
