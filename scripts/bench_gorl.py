@@ -33,8 +33,8 @@ ARMS = {
     "gaussian": ("ppo", {"preset": "gorl"}),
     "gorl_flow": ("gorl", {"decoder": "flow"}),
     "gorl_diffusion": ("gorl", {"decoder": "diffusion"}),
-    "fpo": ("fpo", {}),
-    "dppo": ("dppo", {}),
+    "fpo": ("fpo", {"preset": "gorl"}),
+    "dppo": ("dppo", {"preset": "gorl"}),
 }
 DECODERS = ("gaussian", "flow", "diffusion")
 SHARED = {"n_envs": 16, "n_steps": 256, "batch_size": 256, "epochs": 8, "gamma": 0.995}

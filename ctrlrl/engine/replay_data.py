@@ -47,6 +47,8 @@ def from_run(run: str | os.PathLike[str], checkpoint: str = "last", steps: int |
             f"{folder} has no replay: it was trained by {document['method']}, or not yet; only off-policy runs "
             "(sac, td3) keep one, beside their last checkpoint"
         )
+    if state.get("decoding"):
+        raise DatasetError(f"{folder} keeps latents, which its decoder makes actions of: ctrlrl data make rolls it out")
     added = int(state["replay"][-1]["last"])
     rows, oldest = _rows(folder, state["replay"], max(0, added - _setting(document, "replay_size")))
     # rows are counted anew where training began again without its replay; the steps tell the difference

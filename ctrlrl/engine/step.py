@@ -41,10 +41,10 @@ Step: TypeAlias = Callable[[OptState, SequenceBatch, dict[str, Tensor]], tuple[O
 
 
 class FlatParameters:
-    """A module's parameters that are trained (``requires_grad``) as views into one vector."""
+    """A module's parameters as views into one vector: all of them, or those that require gradients."""
 
-    def __init__(self, module: nn.Module) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    def __init__(self, module: nn.Module, trained_only: bool = False) -> None:
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad or not trained_only]
         self.names = [n for n, _ in named]
         self.shapes = [p.shape for _, p in named]
         self.sizes = [p.numel() for _, p in named]

@@ -18,7 +18,7 @@ class Updater:
 
     def __init__(self, policy: nn.Module, loss: PolicyLoss, config: OnPolicyConfig, compile: bool) -> None:
         self.config, self.loss = config, loss
-        self.flat = FlatParameters(policy)
+        self.flat = FlatParameters(policy, trained_only=True)
         device = self.flat.flat.device
         zeros = torch.zeros_like(self.flat.flat)
         self.state = OptState(

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from ctrlrl.engine.checkpoint import atomic_path
+from ctrlrl.run import report_actions as actions
 from ctrlrl.run import report_figures as figures
 from ctrlrl.run import report_statistics as stats
 from ctrlrl.run import report_updates as updates
 from ctrlrl.run import report_words as words
 from ctrlrl.run.report_page import Image, Section, Table, render
-from ctrlrl.run.report_runs import Run, differences, load, version_fields
+from ctrlrl.run.report_runs import Run, differences, load, stage_starts, version_fields
 
 
 def report(
@@ -55,7 +56,7 @@ def report(
         raise FileExistsError(f"{folder} is a file, expected a folder to write report.html into")
     folder.mkdir(parents=True, exist_ok=True)
     page = _Page(loaded, folder, dict(references or {}), reps)
-    sections = [page.final_scores(), page.improvement(), page.curves(), page.updates()]
+    sections = [page.final_scores(), page.improvement(), page.curves(), page.actions(), page.updates()]
     sections += [page.speed(), page.settings(), page.run_list()]
     shown = [section for section in sections if section is not None]
     html = render(page.title(), page.summary(), shown, words.footnotes(page.references, reps))
@@ -228,9 +229,15 @@ class _Page:
                     caption = f"{env}, {y_label} over {x_label}; one run per method, so no band.[4]"
                 if cut := [label for label, one in shown.items() if one.cut]:
                     caption += f" Runs of {words.few(cut)} end at different points: mean and band stop at the shortest."
-                png = figures.learning_curves(shown, self.labels, x_label, y_label)
+                fits = {k: [s * scale for s in stage_starts(groups[k], column)] for k in shown}
+                if any(found and len(groups[k]) > 1 for k, found in fits.items()):
+                    caption += " Fits of decoders: the median over runs."
+                png = figures.learning_curves(shown, self.labels, x_label, y_label, fits)
                 section.images.append(self._image(f"curve-{words.slug(env)}-{short}", png, alt, caption))
         return section
+
+    def actions(self) -> Section | None:
+        return actions.section(self.groups, self.labels, self._image)
 
     def updates(self) -> Section | None:
         return updates.section(self.groups, self.labels, self._image)

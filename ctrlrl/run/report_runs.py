@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ctrlrl.engine import runfolder
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 TRAINING_RETURN = "rollout/ep_rew_mean"
 DIAGNOSES = "diagnose/"
 """How the names of what ``engine.diagnose`` recorded begin."""
+STAGE = "stage/index"
 
 # What names a run or follows from its group is not a difference worth a row.
 _IDENTITY = ("format", "method", "env.id", "seed", "spaces")
@@ -49,6 +54,9 @@ class Run:
     notes: list[str] = field(default_factory=list)
     diagnoses: list[dict[str, Any]] = field(default_factory=list)
     """The rows of the log that hold a diagnosis of the update: their step, and what belongs to it."""
+    stages: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """step and time_s at which each stage but the first began: those of the last row before it, in which its decoder
+    was fitted."""
 
     def curve(self, evaluated: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """step, time_s and return: the mean of each evaluation, or the training return."""
@@ -93,6 +101,12 @@ def version_fields(run: Run) -> dict[str, str]:
     return {k: str(v) for k, v in run.versions.items() if v is not None and k not in _VERSION_FIELDS}
 
 
+def stage_starts(group: Sequence[Run], column: int) -> list[float]:
+    """Where the stages began: the median over the runs that reached each, of the step (column 0) or time_s (1)."""
+    numbers = sorted({stage for run in group for stage in run.stages})
+    return [float(statistics.median(r.stages[n][column] for r in group if n in r.stages)) for n in numbers]
+
+
 def _read(path: Path) -> Run:
     config = runfolder.read_config(path)
     table = runfolder.read_metrics(path)
@@ -120,6 +134,7 @@ def _read(path: Path) -> Run:
         time_s=max((t for _, t in last), default=0.0),
         planned=config.get("total_steps"),
         diagnoses=_diagnoses(path) if any(name.startswith(DIAGNOSES) for name in table) else [],
+        stages=_stages(table) if STAGE in table else {},
     )
 
 
@@ -127,6 +142,11 @@ def _diagnoses(path: Path) -> list[dict[str, Any]]:
     rows = runfolder.read_lines(path / runfolder.METRICS)
     kept = [{k: v for k, v in row.items() if k == "step" or k.startswith(DIAGNOSES)} for row in rows]
     return [row for row in kept if len(row) > 1]
+
+
+def _stages(table: pd.DataFrame) -> dict[int, tuple[int, float]]:
+    index, steps, times = table[[STAGE, "step", "time_s"]].dropna().to_numpy().T
+    return {int(index[i + 1]): (int(steps[i]), float(times[i])) for i in np.flatnonzero(np.diff(index) > 0)}
 
 
 _WITHOUT_EFFECT = frozenset(

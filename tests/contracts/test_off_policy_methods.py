@@ -21,11 +21,13 @@ EVERYTHING = frozenset(["resume", "vector", "box", "dict_obs", "image_obs", "gpu
 DECLARED = {"sac": EVERYTHING, "td3": EVERYTHING, "mdpo_off": EVERYTHING}
 """What each method must declare. Taking something away here is a decision, not an accident."""
 ELSEWHERE = {
+    "gorl_sac": EVERYTHING - {"image_obs", "gpu"},
     "iwocs": EVERYTHING - {"dict_obs", "image_obs"},
     "m2td3": EVERYTHING,
     "rarl": EVERYTHING,
 }
-"""Methods that need an environment with parameters: they run on none of those below, and have suites of their own."""
+"""Methods that need an environment with parameters, which none of those below has, or whose stages are too long for
+them; they have suites of their own."""
 CLASSES = {"sac": "SAC", "td3": "TD3", "mdpo_off": "MDPOOff"}
 NETWORKS = {
     "sac": {"actor", "critic", "temperature", "critic_target"},
