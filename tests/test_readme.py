@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from ctrlrl.api import available, methods
-from ctrlrl.run import cli, data_cli, eval_cli, ope_cli, tuning_cli
+from ctrlrl.run import cli, data_cli, eval_cli, export_cli, ope_cli, tuning_cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +27,7 @@ COMMANDS = [
 
 OPTIONS = {
     "eval": eval_cli.Eval, "play": cli.Play, "report": cli.Report, "ope": ope_cli.Ope, "tuning": tuning_cli.Tuning,
+    "export": export_cli.Export,
 }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_every_verb_is_shown():
 
 
 def test_flags_in_the_text_exist(capsys):
-    for name in ("bpo", "sac", "td3_bc"):
+    for name in ("bpo", "gorl", "sac", "td3_bc"):
         with pytest.raises(SystemExit):
             cli._parse_training(methods()[name].agent, ["--help"], cli.TrainOffline if name == "td3_bc" else cli.Train)
     with pytest.raises(SystemExit):

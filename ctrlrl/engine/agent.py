@@ -1,9 +1,10 @@
-"""What every method offers: act, evaluate, save, load."""
+"""What every method offers: act, evaluate, save, load, export."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ctrlrl.engine import checkpoint, environments, runfolder
 from ctrlrl.engine.errors import CheckpointError
-from ctrlrl.engine.evaluate import Evaluation, evaluate
+from ctrlrl.engine.evaluate import Evaluation, evaluate, evaluate_first
 from ctrlrl.engine.robust import RobustEvaluation, evaluate_grid, target
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.spaces import space_to_json
@@ -87,18 +88,18 @@ class Agent:
                 "this agent was built on a live environment without an id, which cannot be rebuilt for evaluation; "
                 "register it with gymnasium and pass its id or an EnvSpec"
             )
-        if not self.can_evaluate:
-            raise ValueError(f"{self.env_spec.id} exists only in EnvPool, which cannot start an episode from a seed")
         width = min(episodes, n_envs or 10)
-        spec = EnvSpec(self.env_spec.id, self.env_spec.kwargs, self.env_spec.wrappers, width, "sync")
-        env = environments.make_vector(spec, autoreset="disabled")
+        spec = environments.fresh(self.env_spec, width)
         base = derive(self.seed if seed is None else seed, "evaluate")
-        noise = None if deterministic else generator(base, "noise")
-        try:
-            with environments.torch_threads(getattr(getattr(self, "config", None), "threads", None)):
-                return evaluate(env, self.session(noise), episodes, base)
-        finally:
-            env.close()
+        act = self.session(None if deterministic else generator(base, "noise"))
+        with environments.torch_threads(getattr(getattr(self, "config", None), "threads", None)):
+            if spec.backend == "envpool":
+                return evaluate_first(partial(environments.make_vector, spec), act, episodes, base, width)
+            env = environments.make_vector(spec, autoreset="disabled")
+            try:
+                return evaluate(env, act, episodes, base)
+            finally:
+                env.close()
 
     def evaluate_robust(
         self,
@@ -139,7 +140,7 @@ class Agent:
         if self.env_spec is None:
             return False
         try:
-            environments.resolve(self.env_spec, backend="sync")
+            environments.fresh(self.env_spec, 1)
         except environments.UnknownEnvironment:
             return False
         return True
@@ -217,6 +218,22 @@ class Agent:
         runfolder.write_json(target / runfolder.VERSIONS, runfolder.versions())
         self.write_checkpoint(target, "last")
         return target
+
+    def export(self, path: str | os.PathLike[str], deterministic: bool = True) -> Path:
+        """Write the policy as one ONNX file, checked with onnxruntime; see :mod:`ctrlrl.engine.onnx_export`.
+
+        Args:
+            path: The file, ending in .onnx; its folder exists.
+            deterministic: The mode of the policy; otherwise the noise that selects an action is one input more.
+
+        Raises:
+            ExportError: The network has no form as a graph, or the graph differs from it; nothing is written.
+            ValueError: The policy has a memory, is of tokens, or is deterministic and was to be sampled.
+            ImportError: The extra ``onnx`` is not installed.
+        """
+        from ctrlrl.engine import onnx_export
+
+        return onnx_export.export(self, path, deterministic)
 
     def document(self) -> dict[str, Any]:
         """The content of config.json: everything needed to build this agent again."""

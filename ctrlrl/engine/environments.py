@@ -53,7 +53,8 @@ def resolve(
 
     An id becomes an EnvSpec with its version filled in and a concrete backend: EnvPool where it is installed, there
     are several environments, the id is known to agree with Gymnasium's (``envpool.VERIFIED``) and there are neither
-    kwargs nor wrappers; else ``sync``. A live environment comes back as it is.
+    kwargs nor wrappers; else ``sync``. Tasks of the DeepMind control suite are EnvPool's for one environment too. A
+    live environment comes back as it is.
 
     Args:
         env: Gymnasium id (``ctrlrl/...``, ``module:Id`` and those of gymnasium-robotics import their package), EnvSpec,
@@ -102,10 +103,35 @@ def concrete(spec: EnvSpec) -> EnvSpec:
         envpool.check_spec(spec)
         return spec
     full = _registered(spec.id)
-    # one environment is faster in this process than handed to a thread and back
-    fits = spec.n_envs > 1 and envpool.agrees(full) and not spec.kwargs and not spec.wrappers
+    if envpool.control_suite(full):
+        fits = full in envpool.ids() and full not in envpool.DISAGREE
+    else:
+        # one environment is faster in this process than handed to a thread and back
+        fits = spec.n_envs > 1 and envpool.agrees(full)
+    fits = fits and not spec.kwargs and not spec.wrappers
     backend: Backend = spec.backend if spec.backend != "auto" else "envpool" if fits else "sync"
     return dataclasses.replace(spec, id=full, backend=backend)
+
+
+def fresh(spec: EnvSpec, n_envs: int) -> EnvSpec:
+    """``spec`` with ``n_envs`` environments and the backend for episodes that start from given seeds.
+
+    That is ``sync``; but ``envpool``, which takes its seeds at construction, for what was trained there and is a task
+    of the DeepMind control suite or has no other backend.
+
+    Raises:
+        UnknownEnvironment: No such id, in EnvPool neither.
+    """
+    plain = dataclasses.replace(spec, n_envs=n_envs, backend="sync")
+    pooled = dataclasses.replace(plain, backend="envpool")
+    if spec.backend != "envpool" or spec.id not in envpool.ids():
+        return concrete(plain)
+    if envpool.control_suite(spec.id):
+        return concrete(pooled)
+    try:
+        return concrete(plain)
+    except UnknownEnvironment:
+        return concrete(pooled)
 
 
 def _registered(env_id: str) -> str:
@@ -126,6 +152,10 @@ def _registered(env_id: str) -> str:
             hint = f" (pip install '{extra}')" if wanted == package else ""
             message = f"{env_id!r} is registered by the package {wanted!r}, which is not installed{hint}"
             raise UnknownEnvironment(message) from None
+    if name not in gym.registry:
+        # the control suite has no namespace
+        with contextlib.suppress(ImportError):
+            importlib.import_module("ctrlrl_envs")
     if name in gym.registry:
         return env_id
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -39,12 +41,44 @@ VERIFIED: frozenset[str] = frozenset(
 (tests/engine/test_envpool.py); ``backend="auto"`` takes EnvPool for these only."""
 
 DISAGREE: dict[str, str] = {
+    "BallInCupCatch-v1": "EnvPool takes another geom's size for the ball's and pays while that sticks out of the cup",
+    "CartpoleThreePoles-v1": "EnvPool's upper poles start from angles with a tenth of the spread",
+    "CartpoleTwoPoles-v1": "EnvPool's upper pole starts from angles with a tenth of the spread",
     "Humanoid-v4": "EnvPool's observation holds other contact forces than Gymnasium's, by thousands",
     "HumanoidStandup-v4": "EnvPool's rewards and the contact forces it observes are other than Gymnasium's",
     "Pusher-v4": "Gymnasium refuses it with MuJoCo 3, so there is nothing to agree with",
 }
 """Ids of both libraries that are not known to be the same environment, and why. ``backend="auto"`` never takes
 EnvPool for them; ``backend="envpool"`` does, with a warning."""
+
+_DOG = (
+    "joint_angles joint_velocites torso_pelvis_height z_projection torso_com_velocity inertial_sensors foot_forces "
+    "touch_sensors actuator_state"
+)
+_HUMANOID = "joint_angles head_height extremities torso_vertical com_velocity velocity"
+_QUADRUPED = "egocentric_state torso_velocity torso_upright imu force_torque"
+
+SUITE_KEYS: dict[str, str] = {
+    **dict.fromkeys(("DogRun-v1", "DogStand-v1", "DogTrot-v1", "DogWalk-v1"), _DOG),
+    "FingerSpin-v1": "position velocity touch",
+    "FishSwim-v1": "joint_angles upright target velocity",
+    "FishUpright-v1": "joint_angles upright velocity",
+    **dict.fromkeys(("HumanoidRun-v1", "HumanoidStand-v1", "HumanoidWalk-v1"), _HUMANOID),
+    "HumanoidRunPureState-v1": "position velocity",
+    "QuadrupedEscape-v1": f"{_QUADRUPED} origin rangefinder",
+    "QuadrupedFetch-v1": f"{_QUADRUPED} ball_state target_position",
+    **dict.fromkeys(("QuadrupedRun-v1", "QuadrupedWalk-v1"), _QUADRUPED),
+}
+"""What dm_control's observation holds, in its order, where EnvPool's has other entries beside or another order: one
+observation serves all tasks of a domain there."""
+
+
+def control_suite(env_id: str) -> bool:
+    """Whether ``env_id`` is a task of the DeepMind control suite, whose ids are EnvPool's (see ctrlrl_envs.dmc)."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ctrlrl_envs")
+    found = gym.registry.get(env_id)
+    return found is not None and str(found.entry_point).startswith("ctrlrl_envs.dmc")
 
 
 @cache
@@ -83,7 +117,8 @@ class EnvPoolVector(gym.vector.VectorEnv):
 
     After an end, the next step ignores that environment's action and returns the first observation of the new
     episode with reward 0. The step limit is that of Gymnasium's registration. Box actions are float32, as
-    Gymnasium declares them.
+    Gymnasium declares them. Observations of the DeepMind control suite are one float32 vector, dm_control's entries
+    in its order.
 
     EnvPool itself has one fault that cannot be seen from outside: where an episode terminates on exactly the last
     step of its limit, only ``truncated`` is set.
@@ -112,8 +147,13 @@ class EnvPoolVector(gym.vector.VectorEnv):
         with warnings.catch_warnings():
             # EnvPool states float32 bounds in float64, of which Gymnasium warns
             warnings.simplefilter("ignore")
-            self.single_observation_space = self.pool.observation_space
+            self.single_observation_space = observed = self.pool.observation_space
             self.single_action_space = space = self.pool.action_space
+        self._keys: list[str] | None = None
+        if control_suite(spec.id):
+            self._keys = SUITE_KEYS.get(spec.id, " ".join(observed.spaces)).split()
+            size = sum(int(np.prod(observed[key].shape)) for key in self._keys)
+            self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self._action_dtype = space.dtype
         if isinstance(space, gym.spaces.Box) and space.dtype == np.float64:
             self.single_action_space = gym.spaces.Box(
@@ -135,12 +175,19 @@ class EnvPoolVector(gym.vector.VectorEnv):
         if options:
             raise ValueError(f"{self.name}: EnvPool takes no reset options, found {sorted(options)}; use 'sync'")
         obs, infos = self.pool.reset()
-        return obs, infos if self.keep_infos else {}
+        return self._observation(obs), infos if self.keep_infos else {}
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step every environment that is not in its reset step."""
         obs, reward, terminated, truncated, infos = self.pool.step(np.asarray(actions, dtype=self._action_dtype))
-        return obs, reward.astype(np.float64), terminated, truncated, infos if self.keep_infos else {}
+        infos = infos if self.keep_infos else {}
+        return self._observation(obs), reward.astype(np.float64), terminated, truncated, infos
+
+    def _observation(self, obs: Any) -> Any:
+        if self._keys is None:
+            return obs
+        parts = [obs[key].reshape(self.num_envs, -1) for key in self._keys]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Drop the pool; EnvPool ends its threads when the object goes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -49,7 +49,7 @@ def evaluate(
     if mode != gym.vector.AutoresetMode.DISABLED:
         raise ValueError(f"evaluation needs a vector environment with autoreset disabled, found {mode}")
     n = min(env.num_envs, episodes)
-    seeds = np.array([derive(seed, "evaluation", k) for k in range(episodes)])
+    seeds = _seeds(seed, episodes)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     index = np.minimum(np.arange(env.num_envs), episodes - 1)
     active = np.arange(env.num_envs) < n
@@ -60,11 +60,7 @@ def evaluate(
         obs, reward, terminated, truncated, _ = env.step(act(obs, index))
         returns[index[active]] += np.asarray(reward)[active]
         lengths[index[active]] += 1
-        if lengths.max() >= MAX_STEPS:
-            raise RuntimeError(
-                f"an episode has not ended after {MAX_STEPS:,} steps: give the environment a time limit "
-                "(max_episode_steps in gymnasium.register), or train with eval_every=None"
-            )
+        _check_endless(lengths)
         ended = np.logical_or(terminated, truncated)
         if not ended.any():
             continue
@@ -78,3 +74,54 @@ def evaluate(
         if active.any():
             obs, _ = reset(seed=[int(seeds[k]) for k in index], options={"reset_mask": ended})
     return Evaluation(returns, lengths, seeds)
+
+
+def evaluate_first(
+    build: Callable[[Sequence[int]], gym.vector.VectorEnv],
+    act: Callable[[Any, np.ndarray], np.ndarray],
+    episodes: int,
+    seed: int,
+    n_envs: int,
+) -> Evaluation:
+    """As :func:`evaluate`, for environments that are seeded when they are built and not in ``reset`` (EnvPool).
+
+    Episodes run in groups of ``n_envs``. Each group has environments of its own, and the first episode of each of
+    them counts.
+
+    Args:
+        build: Seeds, one per environment, to a vector environment that is not yet reset.
+        act: As in :func:`evaluate`.
+        episodes: How many.
+        seed: Episode ``k`` has a seed derived from ``(seed, k)``.
+        n_envs: Environments side by side.
+    """
+    seeds = _seeds(seed, episodes)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
+    for begin in range(0, episodes, n_envs):
+        places = np.arange(begin, begin + n_envs)
+        active = places < episodes
+        index = np.minimum(places, episodes - 1)
+        env = build([int(seeds[k]) for k in index])
+        try:
+            obs, _ = env.reset()
+            while active.any():
+                obs, reward, terminated, truncated, _ = env.step(act(obs, index))
+                returns[index[active]] += np.asarray(reward)[active]
+                lengths[index[active]] += 1
+                _check_endless(lengths)
+                active &= ~np.logical_or(terminated, truncated)
+        finally:
+            env.close()
+    return Evaluation(returns, lengths, seeds)
+
+
+def _seeds(seed: int, episodes: int) -> np.ndarray:
+    return np.array([derive(seed, "evaluation", k) for k in range(episodes)])
+
+
+def _check_endless(lengths: np.ndarray) -> None:
+    if lengths.max() >= MAX_STEPS:
+        raise RuntimeError(
+            f"an episode has not ended after {MAX_STEPS:,} steps: give the environment a time limit "
+            "(max_episode_steps in gymnasium.register), or train with eval_every=None"
+        )

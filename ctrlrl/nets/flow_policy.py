@@ -239,16 +239,16 @@ class FlowPolicy(ActorCritic):
         start, *steps = noise.unbind(1)
         chain = [start]
         for time, step in zip(self.times, steps, strict=True):
-            time = time.expand(len(start))
+            time = time.expand(start.shape[0])
             chain.append(self.transition(self.velocity(features, chain[-1], time), chain[-1], time).sample(step))
         return torch.stack(chain, 1)
 
     def deterministic(self, obs: Obs) -> Tensor:
         """The environment's actions [N, ...] that the ODE leads to from the most probable noise, zero."""
         features = self._features(obs)
-        x = features.new_zeros(len(features), self.action_shape[-1])
+        x = features.new_zeros(features.shape[0], self.action_shape[-1])
         for time in self.times:
-            x = x - self.velocity(features, x, time.expand(len(x))) / self.denoising_steps
+            x = x - self.velocity(features, x, time.expand(x.shape[0])) / self.denoising_steps
         return self.to_env(obs, x.unsqueeze(1))
 
     def sampler(self) -> Sampler:

@@ -1,4 +1,4 @@
-"""The command line: ctrlrl train | eval | play | report | data | ope | tuning | list."""
+"""The command line: ctrlrl train | eval | play | export | report | data | ope | tuning | list."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ VERBS = {
     "train": "train an agent: ctrlrl train bpo --env HalfCheetah-v5 --steps 1_000_000",
     "eval": "evaluate a run: ctrlrl eval RUN --episodes 100",
     "play": "watch a run, or record it: ctrlrl play RUN --video agent.mp4",
+    "export": "write a run's policy as an ONNX file: ctrlrl export RUN --out policy.onnx",
     "report": "compare runs on one page: ctrlrl report RUN...",
     "data": "recorded data: ctrlrl data list|info|make|convert|verify",
     "ope": "estimate a run's return from data alone: ctrlrl ope RUN --dataset ID",
@@ -34,7 +35,7 @@ VERBS = {
 }
 
 
-ELSEWHERE = {verb: f"ctrlrl.run.{verb}_cli" for verb in ("eval", "data", "ope", "tuning")}
+ELSEWHERE = {verb: f"ctrlrl.run.{verb}_cli" for verb in ("eval", "export", "data", "ope", "tuning")}
 """Verbs with a file of their own."""
 
 
@@ -238,6 +239,7 @@ def _value(words: list[str], flag: str, default: Any) -> Any:
 def _parse_training(cls: AgentClass, words: list[str], kind: type[Any]) -> tuple[Any, dict[str, Any]]:
     """Flags of the run, the loop, the network and the method in one flat parser, over the method's defaults."""
     from ctrlrl.engine.config import flat
+    from ctrlrl.online.gorl_agent import GoRL
 
     try:
         env_kwargs = json.loads(_value(words, "--env-kwargs", "{}"))
@@ -253,7 +255,10 @@ def _parse_training(cls: AgentClass, words: list[str], kind: type[Any]) -> tuple
 
         config, own = cls.blueprint(preset, settings=settings_of(source))  # type: ignore[call-arg]
     else:
-        config, own = cls.blueprint(preset, _value(words, "--env", ""), env_kwargs, _value(words, "--policy", "auto"))
+        latent = _value(words, "--latent", None)
+        chosen = {} if latent is None or not issubclass(cls, GoRL) else {"latent": latent}
+        policy = _value(words, "--policy", "auto")
+        config, own = cls.blueprint(preset, _value(words, "--env", ""), env_kwargs, policy, **chosen)
     plain = tyro.conf.OmitArgPrefixes
     parser = dataclasses.make_dataclass(
         "Training",
@@ -264,7 +269,7 @@ def _parse_training(cls: AgentClass, words: list[str], kind: type[Any]) -> tuple
         ],
         frozen=True,
     )
-    about = getattr(own, "paper", own.__doc__)
+    about = getattr(cls, "paper", None) or getattr(own, "paper", own.__doc__)
     parsed = tyro.cli(parser, args=words, prog=f"ctrlrl train {cls.method}", description=about)
     return parsed.run, flat(parsed.loop) | flat(parsed.own)
 

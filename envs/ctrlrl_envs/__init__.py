@@ -1,8 +1,13 @@
-"""Environments of ctrlrl; importing this package registers them with Gymnasium under ``ctrlrl/...``."""
+"""Environments of ctrlrl; importing this package registers them with Gymnasium under ``ctrlrl/...``.
+
+The tasks of the DeepMind control suite have the ids that EnvPool gives them, without a namespace (``HopperStand-v1``).
+"""
 
 from __future__ import annotations
 
 import gymnasium as gym
+
+from ctrlrl_envs.dmc import STEPS, TASKS
 
 _TOKENS = {
     "Sort": "sort",
@@ -25,4 +30,23 @@ for _name in ("Ant", "HalfCheetah", "Hopper", "HumanoidStandup", "InvertedPendul
             entry_point=f"{__name__}.robust.tasks:Robust{_name}",
             vector_entry_point=f"{__name__}.robust.vector:Robust{_name}Vector",
             max_episode_steps=1000,
+        )
+
+for _id, (_domain, _task) in TASKS.items():
+    if _id not in gym.registry:
+        gym.register(
+            _id,
+            entry_point=f"{__name__}.dmc.suite:ControlSuite",
+            max_episode_steps=STEPS,
+            kwargs={"domain": _domain, "task": _task},
+        )
+
+for _name, _module, _limit in (
+    ("HiddenBit", "hidden_bit", None), ("OneStateBump", "one_state_bump", None),
+    ("TwoGoalReacher", "two_goal_reacher", 30),
+):  # fmt: skip
+    if f"ctrlrl/{_name}-v0" not in gym.registry:
+        _path = f"{__name__}.multimodal.{_module}:{_name}"
+        gym.register(
+            f"ctrlrl/{_name}-v0", entry_point=_path, vector_entry_point=f"{_path}Vector", max_episode_steps=_limit
         )

@@ -39,8 +39,9 @@ def tiny(name, **settings):
     small |= {"image_features": 8, "eval_every": None}
     if name == "gorl":
         small["stages"] = (1.0,)  # the others are looked at in tests/online/test_gorl.py
+    defaults = losses.get("ppo" if name == "gorl" else name).loop_defaults
     for field in ("batch_size", "value_batch_size"):
-        if losses.get("ppo" if name == "gorl" else name).loop_defaults.get(field, 16 if field == "batch_size" else None) is not None:
+        if defaults.get(field, 16 if field == "batch_size" else None) is not None:
             small[field] = 16
     return small | settings
 
