@@ -2,11 +2,11 @@
 
 Everyone trains for the same number of environment steps in the same environments (EnvPool), with the same rollouts
 and the same discount. ``gaussian`` is PPO with exactly the networks, clipping and regularisation of GoRL's latent
-policy (the preset gorl of ppo), so that what it differs by is the decoder; a method may have settings
-(``gorl,decoder=gaussian``). Collecting for a decoder's fit counts as steps. The score of a run is the mean return of
-the deterministic episodes of its last policy, from seeds that all share; the highest possible is 1000. The table gives,
-per task, the interquartile mean over seeds (the plain mean, for three) with a 95 % bootstrap interval over runs
-(rliable, 5,000 repetitions), and the wall time against the Gaussian policy's.
+policy (the preset gorl of ppo), so that what it differs by is the decoder. Collecting for a decoder's fit counts as
+steps. The score of a run is the mean return of the deterministic episodes of its last policy, from seeds that all
+share; the highest possible is 1000. The table gives, per task, the interquartile mean over seeds (the plain mean, for
+three) with a 95 % bootstrap interval over runs (rliable, 5,000 repetitions), and the wall time against the Gaussian
+policy's.
 
 ``--ceilings`` asks what a decoder can express: each GoRL run leaves the decoder that each of its stages began with;
 fresh latent policies are trained on each of these, frozen, and scored alike. A Gaussian decoder is what flow and
@@ -62,9 +62,11 @@ def worker(args: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.ceilings:
         _, decoder, stage = arm.split("-")
-        run = source(args, env, decoder, seed)
-        frozen = {} if stage == "0" else {"decoder_from": str(run), "decoder_checkpoint": f"stage_{stage}"}
-        agent, seconds = train(args, "gorl", {"decoder": decoder, "stages": (1.0,), **frozen}, env, int(seed), None)
+        frozen = {}  # of stage 0 the decoder is the identity, whatever it becomes
+        if stage != "0":
+            run = source(args, env, decoder, seed)
+            frozen = {"decoder_from": str(run), "decoder_checkpoint": f"stage_{stage}"}
+        agent, seconds = train(args, "gorl", {"stages": (1.0,), **frozen}, env, int(seed), None)
     else:
         method, settings = ARMS[arm]
         agent, seconds = train(args, method, settings, env, int(seed), None)
@@ -79,8 +81,11 @@ def worker(args: argparse.Namespace) -> None:
 def source(args: argparse.Namespace, env: str, decoder: str, seed: str) -> Path:
     """The GoRL run whose decoders are looked at; trained where it is not there yet."""
     folder = args.out / f"{args.steps}" / "decoders" / env / f"{decoder}-s{seed}"
-    stages = 4
-    if not (folder / "checkpoints" / f"stage_{stages - 1}.safetensors").exists():
+    if (folder / "config.json").exists():  # perhaps of a call that was stopped
+        from ctrlrl import api
+
+        api.load(folder).resume(folder, progress=False, tensorboard=False)
+    else:
         train(args, "gorl", {"decoder": decoder}, env, int(seed), folder)
     return folder
 
@@ -169,7 +174,8 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    arms = [f"frozen-{d}-{k}" for k in range(4) for d in DECODERS] if args.ceilings else args.methods
+    frozen = ["frozen-identity-0", *(f"frozen-{d}-{k}" for k in range(1, 4) for d in DECODERS)]
+    arms = frozen if args.ceilings else args.methods
     queue = [(e, a, s) for s in range(args.seeds) for e in args.envs for a in arms]
     failed = run_all(args, [job for job in queue if not shard(args, *job).exists()])
     merged = table(args, arms)

@@ -83,9 +83,7 @@ class Algorithm(ABC):
         return OffPolicyAgent
 
     @abstractmethod
-    def networks(
-        self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None
-    ) -> Networks:
+    def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         """Build the networks, freshly initialised."""
 
     @abstractmethod

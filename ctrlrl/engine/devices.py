@@ -36,7 +36,8 @@ def threads(policy: nn.Module, batch_size: int = 1) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     said = os.environ.get("OMP_NUM_THREADS", "")
     cores = min(cores, int(said)) if said.isdigit() and int(said) > 0 else cores
-    size = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    size = trained or sum(p.numel() for p in policy.parameters())
     if batch_size >= LARGE_BATCH and LARGE_BATCH_NETWORK <= size < SMALL_NETWORK:
         return min(cores, ENOUGH)
     small = size < SMALL_NETWORK

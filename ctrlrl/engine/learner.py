@@ -110,9 +110,9 @@ class Learner:
         self.modules: dict[str, nn.Module] = {k: module.to(device) for k, module in trained.items()}
         for name, source in copies.items():
             self.modules[name] = copy.deepcopy(self.modules[source])
+        self.flats = {name: FlatParameters(module, trained_only=True) for name, module in self.modules.items()}
         for module in self.modules.values():
             module.requires_grad_(False)  # gradients are taken with respect to the flat vectors
-        self.flats = {name: FlatParameters(module) for name, module in self.modules.items()}
         self.state: dict[str, Tensor] = {name: flat.flat for name, flat in self.flats.items()}
         for name in self.trained:
             self.state[f"{name}/m"] = torch.zeros_like(self.state[name])

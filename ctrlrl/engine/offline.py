@@ -95,8 +95,10 @@ class OfflineAgent(TransitionAgent):
         self.env_spec = self._environment(env, env_kwargs, restoring=document is not None)
         self._build(settings, preset, encoder)
         self.replay: TransitionReplay | None = None
-        self.reward_map = document["data"]["reward_map"] if document is not None else self._reward_map(
-            self.algorithm.select(self.data)
+        self.reward_map = (
+            document["data"]["reward_map"]
+            if document is not None
+            else self._reward_map(self.algorithm.select(self.data))
         )
         self.fingerprint = document["data"]["rows"] if document is not None else prior.fingerprint(self.data)
 

@@ -71,7 +71,7 @@ class OnPolicyAgent(TrainedAgent):
         super().__init__()
         self.method = method or self.method
         encoder = self._name_encoder(encoder, settings)
-        loss_type = self._loss_type(settings.get("latent"))
+        loss_type = self._loss_type(settings)
         self.seed = int(seed)
         resolved = environments.resolve(env, n_envs=n_envs, backend=backend, env_kwargs=env_kwargs)
         self.observation_space, self.action_space, self.tokens = environments.describe(resolved)
@@ -83,8 +83,9 @@ class OnPolicyAgent(TrainedAgent):
             # EnvPool cannot start episodes from given seeds
             resolved = environments.resolve(dataclasses.replace(resolved, backend="sync"))
         self._use(resolved)
-        found = defaults(self.world, loss_type.needs) | self._own_defaults()
-        config, self.loss = self._settle(loss_type, settings, preset, found)
+        config, self.loss = self._settle(
+            loss_type, settings, preset, defaults(self.world, loss_type.needs), self.action_space
+        )
         check_world(self.loss, self.world, self.action_space, config)
         self.device = devices.resolve(config.device)
         self._encoder = encoder
@@ -104,21 +105,21 @@ class OnPolicyAgent(TrainedAgent):
 
     # -- what a composed method changes -------------------------------------------------------
 
+    looked_at: ClassVar[tuple[str, ...]] = ()
+    """Settings on which the defaults of others depend: the command line looks at them first."""
+
     @classmethod
-    def _loss_type(cls, chosen: str | None) -> type[PolicyLoss]:
-        """The policy loss; ``chosen`` is the user's, for methods that let one choose."""
+    def _loss_type(cls, settings: Mapping[str, Any]) -> type[PolicyLoss]:
+        """The policy loss."""
         return losses.get(cls.method)
 
     @classmethod
     def _settle(
-        cls, loss: type[PolicyLoss], settings: Mapping[str, Any], preset: str | None, found: Mapping[str, Any]
-    ) -> tuple[OnPolicyConfig, PolicyLoss]:
-        """Sort the settings; ``found`` are the defaults of this kind of rows."""
+        cls, loss: type[PolicyLoss], settings: Mapping[str, Any], preset: str | None, found: Mapping[str, Any],
+        actions: gym.Space | None,
+    ) -> tuple[OnPolicyConfig, PolicyLoss]:  # fmt: skip
+        """Sort the settings; ``found`` are the defaults of this kind of rows. The action space may not be known."""
         return build(loss, settings, preset, found)
-
-    def _own_defaults(self) -> dict[str, Any]:
-        """Defaults that depend on the spaces, which are known."""
-        return {}
 
     def _network(self, config: OnPolicyConfig, seed: int) -> Policy:
         """The policy, freshly initialised."""
@@ -177,8 +178,8 @@ class OnPolicyAgent(TrainedAgent):
 
     def _knobs(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Scalars of this iteration (with its "progress"), as tensors for the update and as numbers for the log."""
-        start, end = self.span
-        stats = {**self.stats, "progress": (self.steps - start) / max(end - start, 1)}
+        start, end = self._stretch()
+        stats = {**self.stats, "progress": min(1.0, (self.steps - start) / max(end - start, 1))}
         rate = self.config.learning_rate
         if self.config.learning_rate_schedule == "linear":
             rate *= 1.0 - stats["progress"]
@@ -188,6 +189,10 @@ class OnPolicyAgent(TrainedAgent):
             numbers |= knobs
         tensors = {k: torch.tensor(v, device=self.device) for k, v in numbers.items()}
         return tensors | {"horizon": torch.tensor(float(self.feed.horizon), device=self.device)}, numbers
+
+    def _stretch(self) -> tuple[int, int]:
+        """Steps between which schedules run from their beginning to their end."""
+        return self.span
 
     def _accept(self, found: dict[str, Tensor], batch: SequenceBatch, knobs: dict[str, Tensor]) -> dict[str, float]:
         """Check the update for NaN, make it the policy's, and average its metrics."""
@@ -205,6 +210,8 @@ class OnPolicyAgent(TrainedAgent):
         log_std = getattr(getattr(self.policy, "head", None), "log_std", None)
         if log_std is not None:
             metrics["std"] = float(log_std.detach().exp().mean())
+        elif batch.dist_old is not None and "log_std" in batch.dist_old:
+            metrics["std"] = float(batch.dist_old["log_std"][mask].exp().mean())
         metrics["n_updates"] = float((self.iteration + 1) * self.config.epochs)
         return metrics
 
@@ -228,18 +235,19 @@ class OnPolicyAgent(TrainedAgent):
     @classmethod
     def blueprint(
         cls, preset: str | None = None, env: str = "", env_kwargs: Mapping[str, Any] | None = None,
-        policy: str = "auto", latent: str | None = None,
+        policy: str = "auto", chosen: Mapping[str, Any] | None = None,
     ) -> tuple[OnPolicyConfig, PolicyLoss]:  # fmt: skip
         """The defaults with which this method would train on ``env``: token sequences and groups of episodes have
         some of their own. Without an environment, or with one that cannot be built, the loss alone decides.
-        ``latent`` is the loss of the latent policy, for methods that have one."""
-        loss = cls._loss_type(latent)
-        found = defaults("continuous", loss.needs)
+        ``chosen`` are the user's settings among ``looked_at``."""
+        chosen = chosen or {}
+        loss = cls._loss_type(chosen)
+        found, actions = defaults("continuous", loss.needs), None
         with contextlib.suppress(Exception):  # training says what is wrong
             if env:
                 _, actions, tokens = environments.describe(environments.resolve(env, env_kwargs=env_kwargs))
                 found = defaults(world_of(actions, tokens, policy, loss.needs), loss.needs)
-        return cls._settle(loss, {} if latent is None else {"latent": latent}, preset, found)
+        return cls._settle(loss, chosen, preset, found, actions)
 
     def tensors(self) -> dict[str, Tensor]:
         state = self.updater.state

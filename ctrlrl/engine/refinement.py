@@ -104,11 +104,11 @@ class Refinement:
         """Whether all epochs are over, or ``refine_patience`` of them without a lower validation loss."""
         return self.epochs >= self.config.refine_epochs or self.since >= self.config.refine_patience
 
-    def epoch(self) -> dict[str, float]:
+    def epoch(self, steps: int = 0, iteration: int = 0) -> dict[str, float]:
         """One pass over the training pairs; returns both losses.
 
         Raises:
-            NonFiniteUpdateError: A loss is NaN or infinite.
+            NonFiniteUpdateError: A loss is NaN or infinite; ``steps`` and ``iteration`` say where the run stands.
         """
         order = self.training[
             torch.randperm(len(self.training), generator=generator(self.seed, "order", self.epochs)).to(
@@ -116,13 +116,15 @@ class Refinement:
             )
         ]
         noise = generator(self.seed, "draws", self.epochs)
-        losses = [self._step(rows, noise) for rows in order.split(self.config.refine_batch_size)]
+        losses = [self._step(rows, noise) for rows in self._batches(order)]
         train = float(torch.stack(losses).mean())
         with torch.no_grad():
             # the same draws after every epoch, so that epochs differ by the decoder alone
-            validation = float(self._loss(self.state.params, self.held_out, generator(self.seed, "validation")))
+            same = generator(self.seed, "validation")
+            parts = [(self._loss(self.state.params, rows, same), len(rows)) for rows in self._batches(self.held_out)]
+            validation = float(sum(loss * n for loss, n in parts)) / len(self.held_out)
         if not (math.isfinite(train) and math.isfinite(validation)):
-            raise NonFiniteUpdateError("decoder loss", 0, self.epochs, 0, kept=False)
+            raise NonFiniteUpdateError("decoder loss", steps, iteration, 0, kept=False)
         self.epochs += 1
         self.since += 1
         if validation < self.best_loss:
@@ -134,6 +136,9 @@ class Refinement:
         """The decoder with the lowest validation loss."""
         self.flat.flat.copy_(self.best)
         return self.objective.decoder.requires_grad_(False)
+
+    def _batches(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.config.refine_batch_size)
 
     def _step(self, rows: Tensor, noise: torch.Generator) -> Tensor:
         def objective(params: Tensor) -> tuple[Tensor, Tensor]:

@@ -235,4 +235,3 @@ def run_cells(
         job[fresh] = waiting + np.arange(fresh.sum())
         waiting += int(fresh.sum())
     return returns.reshape(len(cells), each), lengths.reshape(len(cells), each)
-

@@ -20,6 +20,7 @@ from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.nets.actor_critic import ActorCritic
 from ctrlrl.nets.actors import GaussianActor, SquashedGaussian, SquashedGaussianActor
 from ctrlrl.nets.heads import CategoricalHead, DiagonalGaussian, GaussianHead, MultiCategoricalHead
+from ctrlrl.nets.latent_policy import LatentPolicy
 from ctrlrl.types import EnvSpec, Obs
 
 LOG_PROBS = "action_log_probs"
@@ -256,7 +257,7 @@ def _density(policy: Any) -> Callable[[Obs, Tensor], tuple[Tensor, Tensor]] | No
             wide = DiagonalGaussian(policy.middle + policy.scale * found.mean, found.log_std + policy.scale.log())
             return sent, clipped_density(wide, sent.flatten(1), policy.low, policy.high).logp
 
-    elif getattr(policy, "decoding", False):  # latents, which a decoder makes actions of
+    elif _decodes(policy):
         squashed = policy.head.action_map == "tanh"
         if not squashed and policy.head.bounded:
             return None  # how often decoded actions are cut off is not known
@@ -291,6 +292,10 @@ def _density(policy: Any) -> Callable[[Obs, Tensor], tuple[Tensor, Tensor]] | No
     else:
         return None
     return act
+
+
+def _decodes(policy: Any) -> bool:
+    return isinstance(policy, LatentPolicy) and policy.decoding
 
 
 # -- small parts ----------------------------------------------------------------------------------

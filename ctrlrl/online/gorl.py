@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ctrlrl.engine.config import OnPolicyConfig
+from ctrlrl.engine.config import ConfigError, OnPolicyConfig
 from ctrlrl.engine.refinement import RefinementConfig
 from ctrlrl.losses.ppo import PPO
 from ctrlrl.nets.decoders import DecoderConfig
@@ -19,11 +19,13 @@ DIFFERS = (
     "'paper' has the paper's, 'released' those of the released code. Diffusion decoders predict v and have their data "
     "scaled so that they begin as the identity, which the paper's sentence (a last layer of zeros, a cosine schedule) "
     "does not give. Batches of the fit are smaller. Rewards are normalised by their running deviation, not multiplied "
-    "by ten. The released code fits the decoder of each stage to data that runs past the end of episodes; here "
-    "episodes end."
+    "by ten. Networks are initialised orthogonally, not by LeCun's rule. The released code fits the decoder of each "
+    "stage to ten of twenty million pairs, from data that runs past the end of episodes; here all are used and "
+    "episodes end. It also samples its first stage by another schedule, which here is the exact identity. Schedules "
+    "of the learning rate and of the loss run over each stage. Losses on whole episodes collect whole iterations."
 )
 _PAPER: dict[str, Any] = {
-    "n_steps": 30, "batch_size": 30_720, "epochs": 16, "learning_rate": 1e-3, "refine_batch_size": 8192,
+    "n_steps": 480, "batch_size": 30_720, "epochs": 16, "learning_rate": 1e-3, "refine_batch_size": 8192,
     "refine_steps": 512_000,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
@@ -95,3 +97,8 @@ class GoRLConfig(OnPolicyConfig):
     """Shape of the decoder."""
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
     """How it is fitted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refinement.refine_latents == "used" and self.decoding.decoder == "gaussian":
+            raise ConfigError("refine_latents='used' is for decoders whose fit draws noise; a Gaussian's draws none")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -30,6 +32,8 @@ from ctrlrl.losses.needs import WORLDS
 from ctrlrl.nets.latent_policy import LatentPolicy
 from ctrlrl.online.gorl import DIFFERS, LATENT, PAPER, PRESETS, GoRLConfig
 from ctrlrl.types import Obs
+
+logger = logging.getLogger("ctrlrl")
 
 PHASES = ("latent", "collect", "fit")
 PAIRS = ("features", "action", "latent")
@@ -60,6 +64,7 @@ class GoRL(OnPolicyAgent):
     paper: ClassVar[str] = PAPER
     differs: ClassVar[str] = DIFFERS
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    looked_at: ClassVar[tuple[str, ...]] = ("latent", "decoder_from")
     capabilities: ClassVar[frozenset[str]] = frozenset(["resume", "vector", "box", "dict_obs", "gpu", "compile"])
     policy: LatentPolicy  # pyright: ignore[reportIncompatibleVariableOverride]
     config: GoRLConfig
@@ -71,7 +76,8 @@ class GoRL(OnPolicyAgent):
         stage = self.config.stage
         if stage.later_eps is not None and "eps" not in field_names(type(self.loss)):
             raise ConfigError(f"later_eps is set, but the loss {stage.latent!r} has no eps; leave it out")
-        self._own, self._later = self.loss, False
+        self._own = self.loss
+        self._later()  # which says what is wrong with it
         self.stage, self.phase = 0, PHASES[0]
         self.ends: list[int] = []
         """Steps at which the stages end."""
@@ -91,29 +97,43 @@ class GoRL(OnPolicyAgent):
     def _take_decoder(self, run: Path, name: str) -> None:
         path = run / runfolder.CHECKPOINTS / f"{name}.safetensors"
         tensors, state = checkpoint.read(path, expect={"method": self.method})
+        mine = {**flat(self.config.decoding), "action_map": self.config.network.action_map}
+        shape = {k: v for k, v in self._shape({"decoder_from": run}).items() if k != "decoder_draws"}
+        if wrong := [f"{k}={mine[k]!r} (it has {v!r})" for k, v in shape.items() if mine[k] != v]:
+            raise ConfigError(f"the decoder of {run} is another one: {', '.join(wrong)}; leave these settings out")
         if not state["decoding"]:
             raise CheckpointError(f"{path} is of a first stage: its decoder has not been fitted yet")
         load_module(self.policy.decoder, tensors, "policy/decoder.")
         self.policy.decoding = True
 
     @classmethod
-    def _loss_type(cls, chosen: str | None) -> type[PolicyLoss]:
-        return losses.get(chosen or GoRLConfig().stage.latent)
+    def _loss_type(cls, settings: Mapping[str, Any]) -> type[PolicyLoss]:
+        return losses.get(settings.get("latent") or GoRLConfig().stage.latent)
 
     @classmethod
     def _settle(
-        cls, loss: type[PolicyLoss], settings: Mapping[str, Any], preset: str | None, found: Mapping[str, Any]
-    ) -> tuple[OnPolicyConfig, PolicyLoss]:
+        cls, loss: type[PolicyLoss], settings: Mapping[str, Any], preset: str | None, found: Mapping[str, Any],
+        actions: gym.Space | None,
+    ) -> tuple[OnPolicyConfig, PolicyLoss]:  # fmt: skip
         if preset is not None and preset not in PRESETS:
             raise ConfigError(f"gorl has no preset {preset!r}; known: {', '.join(PRESETS)}")
-        chosen = {**LATENT, **found, **(PRESETS[preset] if preset else {})}
-        if "eps" not in field_names(loss):  # eps is PPO's
-            chosen = {k: v for k, v in chosen.items() if k not in ("eps", "later_eps")}
-        return build(loss, {**chosen, **settings}, None, loop=GoRLConfig)
+        begin = {**found, **LATENT}
+        if isinstance(actions, gym.spaces.Box) and not actions.is_bounded():
+            begin["action_map"] = "clip"  # tanh would have nowhere to map to
+        chosen = {**(PRESETS[preset] if preset else {}), **cls._shape(settings), **settings}
+        if "eps" not in field_names(loss) and preset is not None:  # eps is PPO's
+            chosen = {k: v for k, v in chosen.items() if k in settings or k not in ("eps", "later_eps")}
+        return build(loss, chosen, None, begin, GoRLConfig)
 
-    def _own_defaults(self) -> dict[str, Any]:
-        finite = isinstance(self.action_space, gym.spaces.Box) and self.action_space.is_bounded()
-        return {} if finite else {"action_map": "clip"}  # tanh would have nowhere to map to
+    @staticmethod
+    def _shape(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The shape of the decoder that the run begins with, where it takes another run's."""
+        run = settings.get("decoder_from")
+        if run is None or not (Path(run) / runfolder.CONFIG).exists():
+            return {}
+        config = runfolder.read_config(run)["config"]
+        theirs = {**config.get("decoding", {}), "action_map": config.get("network", {}).get("action_map")}
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in theirs.items() if v is not None}
 
     def _build_policy(self, config: OnPolicyConfig) -> LatentPolicy:
         if self.world != "continuous":
@@ -128,15 +148,48 @@ class GoRL(OnPolicyAgent):
     # -- training -----------------------------------------------------------------------------
 
     def learn(self, steps: int, **options: Any) -> Self:
-        """As in TrainedAgent; the stages share the steps of the first call."""
+        """As in TrainedAgent; the stages share the steps of the first call.
+
+        Raises:
+            ConfigError: A stage would be over before its first update; or the best evaluation's policy is to collect,
+                and there are no evaluations.
+        """
         if steps >= 1 and not self.ends:
-            fits = len(self.config.stage.stages) - 1
-            self.ends = self.config.stage.ends(self.steps, steps)
-            # two pairs at least: one to learn from, one held out
-            self.refine_steps = max(2, self.config.refinement.refine_steps or steps // (100 * max(fits, 1)))
-            self.plateau_steps = round(self.config.stage.plateau_share * steps)
-            self.begun_at = self.peak_at = self.steps
+            self._check_plan(steps)
         return super().learn(steps, **options)
+
+    def _check_plan(self, steps: int) -> None:
+        stage, ends = self.config.stage, self.config.stage.ends(self.steps, steps)
+        needed = self._to_collect(steps) + self.steps_bound
+        if stage.stage_trigger == "share" and len(ends) > 1:
+            shortest = min(after - before for before, after in itertools.pairwise(ends))
+            if shortest < needed:
+                raise ConfigError(
+                    f"a stage of {shortest:,} steps is over before its first update: collecting for its decoder and "
+                    f"one iteration take {needed:,}. Train for longer, or set refine_steps, n_steps or n_envs lower"
+                )
+        if stage.collect_with == "best" and len(ends) > 1 and (self.config.eval_every is None or not self.can_evaluate):
+            raise ConfigError("collect_with='best' needs evaluations: set eval_every, or use collect_with='last'")
+
+    def _to_collect(self, steps: int) -> int:
+        """Environment steps to collect for each fit of a run of ``steps``."""
+        fits = len(self.config.stage.stages) - 1
+        # two pairs at least: one to learn from, one held out
+        return max(2, self.config.refinement.refine_steps or steps // (100 * max(fits, 1)))
+
+    def _open(self) -> None:
+        if not self.ends:
+            start, end = self.span
+            self.ends, self.refine_steps = self.config.stage.ends(start, end - start), self._to_collect(end - start)
+            self.plateau_steps = round(self.config.stage.plateau_share * (end - start))
+            self.begun_at = self.peak_at = start
+        super()._open()
+
+    def _stretch(self) -> tuple[int, int]:
+        """A stage's own: its policy begins afresh, and so do schedules."""
+        if self.config.stage.stage_trigger == "share" and self.steps < self.ends[self.stage]:
+            return self.begun_at, self.ends[self.stage]
+        return self.begun_at, self.span[1]
 
     def _iterate(self) -> dict[str, float]:
         where = {"stage/index": float(self.stage), "stage/phase": float(PHASES.index(self.phase))}
@@ -147,8 +200,6 @@ class GoRL(OnPolicyAgent):
         metrics = super()._iterate()
         if self._stage_is_over():
             self.phase = "collect"
-            if self._best:
-                load_module(self.policy, {**self._decoder_state(), **self._best}, "")
         return metrics | where
 
     def _stage_is_over(self) -> bool:
@@ -156,15 +207,21 @@ class GoRL(OnPolicyAgent):
             return False
         if self.config.stage.stage_trigger == "share":
             return self.steps >= self.ends[self.stage]
-        if self.recent:
-            mean = sum(r for r, _ in self.recent) / len(self.recent)
-            if mean > self.peak:
-                self.peak, self.peak_at = mean, self.steps
+        if len(self.recent) < (self.recent.maxlen or 0):
+            return False  # the mean of a few could be a peak by luck
+        mean = sum(r for r, _ in self.recent) / len(self.recent)
+        if mean > self.peak:
+            self.peak, self.peak_at = mean, self.steps
         return self.steps - max(self.peak_at, self.begun_at) >= self.plateau_steps
 
     def _collect(self) -> dict[str, float]:
         """Act, and keep what the decoder is to be fitted to."""
         number = self.iteration
+        if self.config.stage.collect_with == "best" and not self._pairs["action"]:
+            if self._best:
+                load_module(self.policy, {**self._decoder_state(), **self._best}, "")
+            else:
+                logger.warning("No evaluation fell into stage %s: its last policy collects.", self.stage)
         if isinstance(self.feed, TransitionFeed):
             missing = self.refine_steps - sum(len(rows) for rows in self._pairs["action"])
             self.collector.n_steps = min(self.config.n_steps, math.ceil(missing / self.n_envs))
@@ -174,17 +231,20 @@ class GoRL(OnPolicyAgent):
                 self.collector.n_steps = self.config.n_steps
             obs, latent, mask = collected.obs, collected.action, collected.valid_t
             episodes, steps = collected.episodes, mask.numel()
+            self.timings["simulation_s"] += collected.simulation_s
         else:
             gathered = self.feed.gather(number, self._knobs()[0], 0.0)
             obs, latent, mask = gathered.batch.obs, gathered.batch.action, gathered.batch.mask
             episodes, steps = gathered.episodes, gathered.steps
+            self.timings["simulation_s"] += gathered.simulation_s
         self._keep({k: v[mask] for k, v in obs.items()} if isinstance(obs, dict) else obs[mask], latent[mask])
         self.iteration += 1
         self.steps += steps
         self.episodes += len(episodes)
+        self.recent.extend(episodes)
         if sum(len(rows) for rows in self._pairs["action"]) >= self.refine_steps:
-            self.phase = "fit"
-            self.refinement = self._refinement()
+            self.phase, self.refinement = "fit", self._refinement()
+            self._pairs = {k: [] for k in PAIRS}
         return {}
 
     @torch.no_grad()
@@ -203,7 +263,7 @@ class GoRL(OnPolicyAgent):
     def _fit(self) -> dict[str, float]:
         """One epoch of the decoder's fit; after the last one, the next stage."""
         assert self.refinement is not None
-        found = {f"decoder/{k}": v for k, v in self.refinement.epoch().items()}
+        found = {f"decoder/{k}": v for k, v in self.refinement.epoch(self.steps, self.iteration).items()}
         self.iteration += 1
         if self.refinement.done:
             self.policy.decoder.load_state_dict(self.refinement.result().state_dict())
@@ -232,27 +292,42 @@ class GoRL(OnPolicyAgent):
             params=self.updater.flat.flat, m=zeros, v=zeros.clone(), clock=torch.zeros_like(state.clock)
         )
         self.controller_states = {k: c.initial() for k, c in self.controllers.items()}
-        self.stats = {}
+        self.stats, self.feed.memory = {}, self.loss.memory()  # type: ignore[attr-defined]
 
     def _decoder_state(self) -> dict[str, Tensor]:
         return {f"decoder.{k}": v for k, v in self.policy.decoder.state_dict().items()}
 
+    def _later(self) -> tuple[GoRLConfig, PolicyLoss] | None:
+        """The settings of the second and later stages, where they have some of their own."""
+        changed = {k.removeprefix("later_"): v for k, v in flat(self.config.stage).items() if k.startswith("later_")}
+        changed = {k: v for k, v in changed.items() if v is not None}
+        if not changed:
+            return None
+        eps = changed.pop("eps", None)
+        try:
+            loss = self._own if eps is None else dataclasses.replace(self._own, eps=eps)  # type: ignore[call-arg]
+            return dataclasses.replace(self.config, **changed), loss
+        except ValueError as error:
+            raise ConfigError(f"gorl, from the second stage on: {error}") from None
+
     def _use_later_settings(self) -> None:
-        """Build the update again if the second and later stages have settings of their own."""
-        later = {k.removeprefix("later_"): v for k, v in flat(self.config.stage).items() if k.startswith("later_")}
-        later = {k: v for k, v in later.items() if v is not None}
-        if self._later or not later:
+        """Build the update again, if it is not that of a later stage yet."""
+        later = self._later()
+        if later is None or self.loss is not self._own or self.updater.config is not self.config:
             return
-        self._later = True
-        eps = later.pop("eps", None)
-        self.loss = self.loss if eps is None else dataclasses.replace(self.loss, eps=eps)  # type: ignore[call-arg]
+        config, self.loss = later
         state = self.updater.state
-        self.updater = Updater(self.policy, self.loss, dataclasses.replace(self.config, **later), self._compiles())
+        self.updater = Updater(self.policy, self.loss, config, self._compiles())
         self.updater.state = state._replace(params=self.updater.flat.flat)
+        for part in (self.feed, getattr(self.feed, "player", None)):
+            if part is not None:
+                part.loss = self.loss  # type: ignore[attr-defined]
 
     def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Any) -> Evaluation:
         result = super()._evaluate(log, bar, callbacks)
-        if self.config.stage.collect_with == "best" and self.phase == "latent" and result.mean > self.best_of_stage:
+        # at the end of a stage too, whose policy has not been replaced yet
+        acting = self.phase == "latent" or (self.phase == "collect" and not self._pairs["action"])
+        if self.config.stage.collect_with == "best" and acting and result.mean > self.best_of_stage:
             self.best_of_stage = result.mean
             latent = {k: v for k, v in self.policy.state_dict().items() if not k.startswith("decoder.")}
             self._best = {k: v.clone() for k, v in latent.items()}
@@ -296,3 +371,4 @@ class GoRL(OnPolicyAgent):
         if counters["refinement"] is not None:
             self.refinement = self._refinement()
             self.refinement.restore(fit, counters["refinement"])
+            self._pairs = {k: [] for k in PAIRS}

@@ -73,8 +73,14 @@ class GoRLSACAgent(OffPolicyAgent):
             ConfigError: A stage would be over before its first update.
         """
         if steps >= 1 and not self.ends:
-            self.ends, self.refine_steps = self.algorithm.plan(self.steps, steps, self.config, self.steps_bound)
+            self.algorithm.plan(self.steps, steps, self.config, self.steps_bound)  # which says what is wrong with it
         return super().learn(steps, **options)
+
+    def _open(self) -> None:
+        if not self.ends:
+            start, end = self.span
+            self.ends, self.refine_steps = self.algorithm.plan(start, end - start, self.config, self.steps_bound)
+        super()._open()
 
     def _iterate(self) -> dict[str, float]:
         where = {"stage/index": float(self.stage), "stage/phase": float(PHASES.index(self.phase))}
@@ -128,7 +134,7 @@ class GoRLSACAgent(OffPolicyAgent):
     def _fit(self) -> dict[str, float]:
         """One epoch of the decoder's fit; after the last one, the next stage."""
         assert self.refinement is not None
-        found = {f"decoder/{k}": v for k, v in self.refinement.epoch().items()}
+        found = {f"decoder/{k}": v for k, v in self.refinement.epoch(self.steps, self.iteration).items()}
         self.iteration += 1
         if self.refinement.done:
             self._next_stage(self.refinement)

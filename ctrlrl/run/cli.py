@@ -239,7 +239,6 @@ def _value(words: list[str], flag: str, default: Any) -> Any:
 def _parse_training(cls: AgentClass, words: list[str], kind: type[Any]) -> tuple[Any, dict[str, Any]]:
     """Flags of the run, the loop, the network and the method in one flat parser, over the method's defaults."""
     from ctrlrl.engine.config import flat
-    from ctrlrl.online.gorl_agent import GoRL
 
     try:
         env_kwargs = json.loads(_value(words, "--env-kwargs", "{}"))
@@ -255,10 +254,11 @@ def _parse_training(cls: AgentClass, words: list[str], kind: type[Any]) -> tuple
 
         config, own = cls.blueprint(preset, settings=settings_of(source))  # type: ignore[call-arg]
     else:
-        latent = _value(words, "--latent", None)
-        chosen = {} if latent is None or not issubclass(cls, GoRL) else {"latent": latent}
+        looked_at = {name: _value(words, f"--{name.replace('_', '-')}", None) for name in getattr(cls, "looked_at", ())}
+        chosen = {name: value for name, value in looked_at.items() if value is not None}
+        extra = {"chosen": chosen} if chosen else {}
         policy = _value(words, "--policy", "auto")
-        config, own = cls.blueprint(preset, _value(words, "--env", ""), env_kwargs, policy, **chosen)
+        config, own = cls.blueprint(preset, _value(words, "--env", ""), env_kwargs, policy, **extra)
     plain = tyro.conf.OmitArgPrefixes
     parser = dataclasses.make_dataclass(
         "Training",

@@ -1,6 +1,6 @@
 """GoRL: what its decoder keeps of a stage, what an exact fit cannot make, and stages that a stop cannot disturb."""
 
-import dataclasses
+from collections import deque
 
 import gymnasium as gym
 import numpy as np
@@ -10,9 +10,7 @@ from ctrlrl_envs.multimodal import hidden_bit
 from helpers.agents import NOISY, assert_same_tensors, quiet
 
 from ctrlrl import api
-from ctrlrl.engine.config import ConfigError
 from ctrlrl.losses import base as losses
-from ctrlrl.online.gorl import PRESETS, StagesConfig
 from ctrlrl.online.gorl_agent import GoRL
 
 SMALL = {
@@ -168,15 +166,26 @@ class Losses:
         return False if len(self.seen) == self.count else None
 
 
-def test_a_reset_latent_policy_is_the_prior_in_every_state():
+def test_every_stage_begins_at_the_prior_with_nothing_of_the_last_one_but_the_decoder():
+    begun = []
+
+    class Begin:
+        def on_update(self, agent, steps, metrics):
+            if agent.stage > len(begun):
+                state = agent.updater.state
+                params = agent.policy.distribution(torch.randn(64, *agent.observation_space.shape)).params()
+                assert params["mean"].abs().max() == 0.0 and params["log_std"].abs().max() < 1e-6
+                assert not any(part.any() for part in (state.m, state.v, state.clock))
+                assert agent.policy.preprocess.normalizer.moments.count == 0
+                begun.append({k: v.clone() for k, v in agent.policy.state_dict().items()})
+
     agent = make()
-    quiet(agent, 400)
-    assert agent.stage == 2
-    fresh = make(seed=3).policy
-    obs = torch.randn(64, *agent.observation_space.shape)
-    params = fresh.distribution(obs).params()
-    assert params["mean"].abs().max() == 0.0
-    assert (params["log_std"]).abs().max() < 1e-6
+    first = {k: v.clone() for k, v in agent.policy.state_dict().items()}
+    quiet(agent, 400, callbacks=[Begin()])
+    assert len(begun) == 2
+    for name in first:  # weights drawn anew, and another decoder
+        if name.endswith("weight") and "head" not in name:
+            assert not torch.equal(first[name], begun[0][name]) and not torch.equal(begun[0][name], begun[1][name])
 
 
 def test_training_the_latent_policy_leaves_the_decoder_alone_and_the_fit_the_latent_policy():
@@ -257,20 +266,51 @@ def test_a_plateau_ends_a_stage_and_a_rising_return_holds_it_off():
         return agent._stage_is_over()
 
     agent.plateau_steps, agent.begun_at, agent.peak_at, agent.peak = 100, 0, 0, -np.inf
+    agent.recent = deque(maxlen=1)
     assert not any(over(steps, float(steps)) for steps in (90, 180, 270))
     assert not over(369, 270.0)  # no higher than at 270, but not for long
     assert over(370, 270.0)
-    agent.stage = 2
+    agent.recent = deque(maxlen=2)
+    assert not over(1000, 0.0)  # too few episodes for a mean
+    agent.stage, agent.recent = 2, deque(maxlen=1)
     assert not over(10_000, 0.0)  # the last stage goes on to the end
 
 
-def test_a_stage_of_a_plateau_is_at_least_that_long():
-    agent = make(stage_trigger="plateau", plateau_share=0.2)
-    seen = Stages()
-    quiet(agent, 1000, callbacks=[seen])
-    for stage in (0, 1):
-        rows = [n for s, p, n in seen.rows if (s, p) == (stage, 0)]
-        assert rows[-1] - (rows[0] - 32) >= 200
+def test_schedules_run_over_each_stage():
+    agent = make(learning_rate_schedule="linear", learning_rate=1e-3)
+    seen = []
+
+    class Rates:
+        def on_update(self, agent, steps, metrics):
+            if metrics["stage/phase"] == 0.0:
+                seen.append((metrics["stage/index"], metrics["train/learning_rate"]))
+
+    quiet(agent, 1000, callbacks=[Rates()])
+    for stage in (0, 1, 2):
+        rates = [rate for k, rate in seen if k == stage]
+        assert rates[0] > 0.8e-3 and rates[-1] < 0.2e-3 and rates == sorted(rates, reverse=True)
+
+
+def test_the_best_evaluation_of_a_stage_may_collect():
+    """Evaluations fall at the end of each stage too, whose policy counts as well."""
+    agent = make(collect_with="best", eval_every=32, eval_episodes=1, refine_steps=16, stages=(0.5, 0.5))
+    seen = {}
+
+    class Look:
+        def on_evaluation(self, agent, steps, result):
+            if agent.stage == 0:
+                latent = {k: v.clone() for k, v in agent.policy.state_dict().items()}
+                seen.setdefault("all", []).append((result.mean, latent))
+
+        def on_update(self, agent, steps, metrics):
+            if metrics["stage/phase"] == 1.0 and "collected" not in seen:
+                seen["collected"] = {k: v.clone() for k, v in agent.policy.state_dict().items()}
+
+    quiet(agent, 400, callbacks=[Look()])
+    assert len(seen["all"]) >= 6
+    best = max(mean for mean, _ in seen["all"])
+    expected = next(latent for mean, latent in seen["all"] if mean == best)
+    assert_same_tensors(seen["collected"], expected)
 
 
 def test_the_decoder_learns_actions_before_the_bounds_with_statistics_of_its_own(monkeypatch):
@@ -323,85 +363,3 @@ def test_any_loss_trains_the_latent_policy(loss):
     quiet(agent, 400)
     assert agent.stage > 0
     assert np.isfinite(agent.predict(agent.observation_space.sample())[0]).all()
-
-
-# -- stopping and going on ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"collect_with": "best", "eval_every": 40, "eval_episodes": 1, "later_eps": 0.3}]
-)
-def test_a_run_stopped_in_any_phase_goes_on_as_if_it_had_not_been(tmp_path, settings):
-    common = {"checkpoint_every": 1, "refine_epochs": 12, "refine_patience": 50, "refine_steps": 320, "n_steps": 8}
-    whole = make(**common | settings)
-    seen = Stages()
-    quiet(whole, 900, callbacks=[seen])
-    borders = range(10, len(seen.rows), 10)
-    phases = {seen.rows[b][:2] for b in borders}
-    assert {p for _, p in phases} == {0.0, 1.0, 2.0}  # a checkpoint falls into each
-    for border in borders:
-
-        class Stop:
-            def on_checkpoint(self, agent, steps, path, border=border):
-                return agent.iteration < border
-
-        run = tmp_path / f"{border}"
-        quiet(make(**common | settings), 900, run_dir=run, root=None, callbacks=[Stop()])
-        again = api.load(run)
-        again.resume(run, progress=False, tensorboard=False)
-        assert_same_tensors(again.tensors(), whole.tensors())
-        assert (again.stage, again.phase, again.steps) == (whole.stage, whole.phase, whole.steps)
-
-
-def test_a_saved_policy_acts_as_before_in_every_stage(tmp_path):
-    agent = make()
-    quiet(agent, 500)
-    assert agent.policy.decoding
-    obs = np.stack([agent.observation_space.sample() for _ in range(5)])
-    agent.save(tmp_path / "saved")
-    loaded = api.load(tmp_path / "saved")
-    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
-
-
-# -- settings -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_presets_build_and_say_what_they_change(preset):
-    agent = api.make("gorl", NOISY, preset=preset, device="cpu", n_envs=2)
-    found = dataclasses.asdict(agent.config)
-    flat = {**found, **{k: v for group in found.values() if isinstance(group, dict) for k, v in group.items()}}
-    flat |= dataclasses.asdict(agent.loss)
-    for name, value in PRESETS[preset].items():
-        assert flat[name] == value, name
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"stages": (0.5, 0.6)}, "must make 1"),
-        ({"stages": ()}, "one or more"),
-        ({"latent": "mdpo", "later_eps": 0.3}, "has no eps"),
-        ({"latent": "flow_grpo"}, "Gaussian latents"),
-        ({"collect_with": "best", "reset_latent": False}, "goes back"),
-        ({"preset": "papers"}, "known: paper, released"),
-        ({"refine_held_out": 1.0}, "refine_held_out"),
-    ],
-)
-def test_settings_that_contradict_are_refused_with_the_reason(settings, words):
-    with pytest.raises(ConfigError, match=words):
-        make(**settings)
-
-
-def test_an_unknown_loss_is_named():
-    with pytest.raises(KeyError, match="ppoo"):
-        make(latent="ppoo")
-
-
-def test_discrete_actions_are_refused():
-    with pytest.raises((TypeError, ConfigError)):
-        make(env="CartPole-v1")
-
-
-def test_shares_of_the_default_are_the_papers():
-    assert StagesConfig().ends(0, 180) == [60, 120, 150, 180]
