@@ -190,7 +190,7 @@ def fitted(**settings):
 def test_a_fresh_latent_policy_keeps_what_the_stage_learnt_through_the_new_decoder():
     actions = fitted()
     assert float(actions.mean()) == pytest.approx(0.8, abs=0.06)
-    assert float(actions.std()) == pytest.approx(0.4, abs=0.08)
+    assert float(actions.std()) == pytest.approx(0.4, abs=0.1)  # ten Euler steps narrow it
 
 
 def test_a_decoder_fitted_to_the_latents_in_use_loses_the_stage_with_the_reset():
