@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 
 import gymnasium as gym
 import numpy as np
@@ -207,6 +208,15 @@ def test_arguments_of_the_environment_are_added_to_the_policys_own(run, tmp_path
         run("make", "--kind", "random", "--steps", "3", "--out", tmp_path / "y.hdf5")
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as in a terminal: a shell's background jobs begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_while_making_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(off_policy.Stopping, "steps", 0)
     monkeypatch.setattr(off_policy.Stopping, "at", 25)

@@ -359,7 +359,7 @@ def test_a_run_with_other_spaces_is_not_compared(runs: Path, tmp_path: Path) -> 
 
 
 def test_a_first_stage_is_told(tmp_path: Path) -> None:
-    quiet(api.make("gorl", NOISY, **GORL), 16, root=tmp_path)
+    quiet(api.make("gorl", NOISY, **GORL | {"stages": (1.0,)}), 16, root=tmp_path)
     section, images = shown(tmp_path)
     assert "gorl is in its first stage, without a decoder" in section.notes[0] and len(images) == 1
 
