@@ -25,6 +25,7 @@ class NLPO(PPO):
     to it. It is stored with the sequence, so the ratio is one before the first step.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # PPO's is for control
     paper: ClassVar[str] = "Is Reinforcement Learning (Not) for Natural Language Processing (NLPO), arXiv:2210.01241"
     differs: ClassVar[str] = (
         "The released code finds S anew at every evaluation, when the masking policy may have changed; here it is "

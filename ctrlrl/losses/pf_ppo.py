@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class PFPPO(PPO):
     Equal weights are PPO.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # PPO's is for control
     paper: ClassVar[str] = "Policy Filtration in RLHF to Fine-Tune LLM for Code Generation (PF-PPO), arXiv:2409.06957"
     differs: ClassVar[str] = (
         "Copies are not drawn but weighted by how many there would be on average; ties share a place. The value "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class TurnPPO(PPO):
     With turns of one position this is PPO; with one turn per sequence, GSPO's ratio.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # PPO's is for control
     paper: ClassVar[str] = (
         "ST-PPO: Stabilized Off-Policy Proximal Policy Optimization for Multi-Turn Agents Training, arXiv:2511.20718"
     )
