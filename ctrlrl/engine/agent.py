@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from ctrlrl.engine.uncertainty import Convention
 from ctrlrl.types import EnvSpec, Obs
 
 
-class Agent:
+class Agent(ABC):
     """A policy on an environment. Subclasses train it; this class acts, evaluates and saves.
 
     Attributes:
@@ -235,9 +236,9 @@ class Agent:
 
         return onnx_export.export(self, path, deterministic)
 
+    @abstractmethod
     def document(self) -> dict[str, Any]:
         """The content of config.json: everything needed to build this agent again."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds, by name."""
@@ -247,9 +248,9 @@ class Agent:
         """Everything a checkpoint holds beside tensors; JSON values."""
         return {"steps": self.steps}
 
+    @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Take over what :meth:`tensors` and :meth:`counters` gave."""
-        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be loaded into this agent."""

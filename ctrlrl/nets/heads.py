@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import gymnasium as gym
@@ -116,7 +117,7 @@ class MultiCategorical:
         return torch.stack([p.mode() for p in self.parts], -1)
 
 
-class ActionHead(nn.Module):
+class ActionHead(nn.Module, ABC):
     """Maps features to a distribution, draws its noise, and turns its actions into the environment's."""
 
     noise_shape: tuple[int, ...]
@@ -125,13 +126,13 @@ class ActionHead(nn.Module):
     """Shape of one action as the density sees it."""
     action_dtype: torch.dtype = torch.float32
 
+    @abstractmethod
     def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """[*lead, *noise_shape] on the CPU, so that every device draws the same numbers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_env(self, action: Tensor) -> Tensor:
         """The action the environment receives."""
-        raise NotImplementedError
 
 
 class GaussianHead(ActionHead):

@@ -23,23 +23,20 @@ from ctrlrl.engine.evaluate import Evaluation
 from ctrlrl.engine.feed import TransitionFeed
 from ctrlrl.engine.log import Progress, RunLogger
 from ctrlrl.engine.on_policy import OnPolicyAgent
-from ctrlrl.engine.refinement import Refinement
 from ctrlrl.engine.seeding import derive, generator
+from ctrlrl.engine.stages import Staged, to_collect, valid_rows
 from ctrlrl.engine.update import Updater
 from ctrlrl.losses import base as losses
 from ctrlrl.losses.base import PolicyLoss
 from ctrlrl.losses.needs import WORLDS
+from ctrlrl.nets.decoders import Decoder
 from ctrlrl.nets.latent_policy import LatentPolicy
 from ctrlrl.online.gorl import DIFFERS, LATENT, PAPER, PRESETS, GoRLConfig
-from ctrlrl.types import Obs
 
 logger = logging.getLogger("ctrlrl")
 
-PHASES = ("latent", "collect", "fit")
-PAIRS = ("features", "action", "latent")
 
-
-class GoRL(OnPolicyAgent):
+class GoRL(Staged, OnPolicyAgent):
     """A latent policy pi(eps | s) and a generative decoder a = g(s, eps), trained in turns (arXiv:2512.02581).
 
     A stage trains the latent policy with the decoder frozen: to the loss, the decoder is part of the environment.
@@ -78,19 +75,12 @@ class GoRL(OnPolicyAgent):
             raise ConfigError(f"later_eps is set, but the loss {stage.latent!r} has no eps; leave it out")
         self._own = self.loss
         self._later()  # which says what is wrong with it
-        self.stage, self.phase = 0, PHASES[0]
-        self.ends: list[int] = []
-        """Steps at which the stages end."""
-        self.refine_steps = 0
-        """Environment steps to collect for each fit."""
         self.plateau_steps = 0
         """Steps without a higher return that end a stage."""
         self.peak, self.peak_at, self.begun_at = -math.inf, 0, 0
         """Highest mean return of this stage, the step it was reached at, and the step the stage began at."""
         self.best_of_stage = -math.inf
         self._best: dict[str, Tensor] = {}
-        self._pairs: dict[str, list[Tensor]] = {k: [] for k in PAIRS}
-        self.refinement: Refinement | None = None
         if stage.decoder_from is not None and not restoring:
             self._take_decoder(Path(stage.decoder_from), stage.decoder_checkpoint)
 
@@ -172,10 +162,7 @@ class GoRL(OnPolicyAgent):
             raise ConfigError("collect_with='best' needs evaluations: set eval_every, or use collect_with='last'")
 
     def _to_collect(self, steps: int) -> int:
-        """Environment steps to collect for each fit of a run of ``steps``."""
-        fits = len(self.config.stage.stages) - 1
-        # two pairs at least: one to learn from, one held out
-        return max(2, self.config.refinement.refine_steps or steps // (100 * max(fits, 1)))
+        return to_collect(self.config.refinement, steps, len(self.config.stage.stages))
 
     def _open(self) -> None:
         if not self.ends:
@@ -191,22 +178,9 @@ class GoRL(OnPolicyAgent):
             return self.begun_at, self.ends[self.stage]
         return self.begun_at, self.span[1]
 
-    def _iterate(self) -> dict[str, float]:
-        where = {"stage/index": float(self.stage), "stage/phase": float(PHASES.index(self.phase))}
-        if self.phase == "collect":
-            return self._collect() | where
-        if self.phase == "fit":
-            return self._fit() | where
-        metrics = super()._iterate()
-        if self._stage_is_over():
-            self.phase = "collect"
-        return metrics | where
-
     def _stage_is_over(self) -> bool:
-        if self.stage >= len(self.config.stage.stages) - 1:
-            return False
-        if self.config.stage.stage_trigger == "share":
-            return self.steps >= self.ends[self.stage]
+        if self.in_last_stage or self.config.stage.stage_trigger == "share":
+            return super()._stage_is_over()
         if len(self.recent) < (self.recent.maxlen or 0):
             return False  # the mean of a few could be a peak by luck
         mean = sum(r for r, _ in self.recent) / len(self.recent)
@@ -214,69 +188,35 @@ class GoRL(OnPolicyAgent):
             self.peak, self.peak_at = mean, self.steps
         return self.steps - max(self.peak_at, self.begun_at) >= self.plateau_steps
 
-    def _collect(self) -> dict[str, float]:
-        """Act, and keep what the decoder is to be fitted to."""
+    def _collect(self) -> None:
         number = self.iteration
-        if self.config.stage.collect_with == "best" and not self._pairs["action"]:
+        if self.config.stage.collect_with == "best" and not self.collected:
             if self._best:
                 load_module(self.policy, {**self._decoder_state(), **self._best}, "")
             else:
                 logger.warning("No evaluation fell into stage %s: its last policy collects.", self.stage)
         if isinstance(self.feed, TransitionFeed):
-            missing = self.refine_steps - sum(len(rows) for rows in self._pairs["action"])
+            missing = self.refine_steps - self.collected
             self.collector.n_steps = min(self.config.n_steps, math.ceil(missing / self.n_envs))
             try:
                 collected = self.collector.collect(generator(self.seed, "actions", number))
             finally:
                 self.collector.n_steps = self.config.n_steps
-            obs, latent, mask = collected.obs, collected.action, collected.valid_t
-            episodes, steps = collected.episodes, mask.numel()
-            self.timings["simulation_s"] += collected.simulation_s
+            self._keep(*valid_rows(collected))
+            self._count(collected.valid_t.numel(), collected.episodes, collected.simulation_s)
         else:
             gathered = self.feed.gather(number, self._knobs()[0], 0.0)
-            obs, latent, mask = gathered.batch.obs, gathered.batch.action, gathered.batch.mask
-            episodes, steps = gathered.episodes, gathered.steps
-            self.timings["simulation_s"] += gathered.simulation_s
-        self._keep({k: v[mask] for k, v in obs.items()} if isinstance(obs, dict) else obs[mask], latent[mask])
-        self.iteration += 1
-        self.steps += steps
-        self.episodes += len(episodes)
-        self.recent.extend(episodes)
-        if sum(len(rows) for rows in self._pairs["action"]) >= self.refine_steps:
-            self.phase, self.refinement = "fit", self._refinement()
-            self._pairs = {k: [] for k in PAIRS}
-        return {}
+            obs, mask = gathered.batch.obs, gathered.batch.mask
+            obs = {k: v[mask] for k, v in obs.items()} if isinstance(obs, dict) else obs[mask]
+            self._keep(obs, gathered.batch.action[mask])
+            self._count(gathered.steps, gathered.episodes, gathered.simulation_s)
 
-    @torch.no_grad()
-    def _keep(self, obs: Obs, latent: Tensor) -> None:
-        features = self.policy.decoder.features(obs)
-        action = self.policy.decoder(features, latent) if self.policy.decoding else latent
-        for name, rows in zip(PAIRS, (features, action, latent), strict=True):
-            self._pairs[name].append(rows.clone())
+    def _fresh_decoder(self, seed: int) -> Decoder:
+        return cast(LatentPolicy, self._network(self.config, seed)).decoder
 
-    def _refinement(self) -> Refinement:
-        fresh = cast(LatentPolicy, self._network(self.config, derive(self.seed, "decoder", self.stage))).decoder
-        seed = derive(self.seed, "refinement", self.stage)
-        pairs = {k: torch.cat(rows) for k, rows in self._pairs.items()}
-        return Refinement(fresh, self.config.refinement, seed, **pairs)
-
-    def _fit(self) -> dict[str, float]:
-        """One epoch of the decoder's fit; after the last one, the next stage."""
-        assert self.refinement is not None
-        found = {f"decoder/{k}": v for k, v in self.refinement.epoch(self.steps, self.iteration).items()}
-        self.iteration += 1
-        if self.refinement.done:
-            self.policy.decoder.load_state_dict(self.refinement.result().state_dict())
-            self._next_stage()
-            if self.run_dir is not None:
-                self.write_checkpoint(self.run_dir, f"stage_{self.stage}")
-        return found
-
-    def _next_stage(self) -> None:
-        self.stage, self.phase, self.refinement = self.stage + 1, "latent", None
-        self.policy.decoding = True
-        self._pairs, self._best, self.best_of_stage = {k: [] for k in PAIRS}, {}, -math.inf
-        self.recent.clear()
+    def _begin_stage(self, decoder: Decoder) -> None:
+        self.policy.decoder.load_state_dict(decoder.state_dict())
+        self._best, self.best_of_stage = {}, -math.inf
         self.peak, self.peak_at, self.begun_at = -math.inf, self.steps, self.steps
         self._use_later_settings()
         if not self.config.stage.reset_latent:
@@ -326,7 +266,7 @@ class GoRL(OnPolicyAgent):
     def _evaluate(self, log: RunLogger | None, bar: Progress, callbacks: Any) -> Evaluation:
         result = super()._evaluate(log, bar, callbacks)
         # at the end of a stage too, whose policy has not been replaced yet
-        acting = self.phase == "latent" or (self.phase == "collect" and not self._pairs["action"])
+        acting = self.phase == "latent" or (self.phase == "collect" and not self.collected)
         if self.config.stage.collect_with == "best" and acting and result.mean > self.best_of_stage:
             self.best_of_stage = result.mean
             latent = {k: v for k, v in self.policy.state_dict().items() if not k.startswith("decoder.")}
@@ -341,34 +281,18 @@ class GoRL(OnPolicyAgent):
         return self._own
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {**super().tensors(), **{f"best/{k}": v for k, v in self._best.items()}}
-        if self.refinement is not None:
-            return {**found, **{f"refinement/{k}": v for k, v in self.refinement.tensors().items()}}
-        return {**found, **{f"refinement/{k}": torch.cat(rows) for k, rows in self._pairs.items() if rows}}
+        return super().tensors() | {f"best/{k}": v for k, v in self._best.items()}
 
     def counters(self) -> dict[str, Any]:
         return super().counters() | {
-            "stage": self.stage, "phase": self.phase, "ends": self.ends, "refine_steps": self.refine_steps,
             "plateau": [self.plateau_steps, self.peak, self.peak_at, self.begun_at],
-            "best_of_stage": self.best_of_stage, "decoding": self.policy.decoding,
-            "refinement": None if self.refinement is None else self.refinement.counters(),
+            "best_of_stage": self.best_of_stage,
         }  # fmt: skip
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        self.stage, self.phase, self.ends = counters["stage"], counters["phase"], list(counters["ends"])
-        self.refine_steps, self.best_of_stage = counters["refine_steps"], counters["best_of_stage"]
+        self.best_of_stage = counters["best_of_stage"]
         self.plateau_steps, self.peak, self.peak_at, self.begun_at = counters["plateau"]
-        self.policy.decoding = counters["decoding"]
-        if self.stage > 0:
+        if counters["stage"] > 0:
             self._use_later_settings()
         super().restore(tensors, counters)
         self._best = {k.removeprefix("best/"): v.to(self.device) for k, v in tensors.items() if k.startswith("best/")}
-        fit = {
-            k.removeprefix("refinement/"): v.to(self.device) for k, v in tensors.items() if k.startswith("refinement/")
-        }
-        self._pairs = {k: [fit[k]] if k in fit else [] for k in PAIRS}
-        self.refinement = None
-        if counters["refinement"] is not None:
-            self.refinement = self._refinement()
-            self.refinement.restore(fit, counters["refinement"])
-            self._pairs = {k: [] for k in PAIRS}

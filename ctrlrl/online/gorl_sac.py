@@ -15,6 +15,7 @@ from ctrlrl.engine.algorithm import Networks, Spaces, register
 from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.off_policy_config import OffPolicyConfig
 from ctrlrl.engine.refinement import RefinementConfig
+from ctrlrl.engine.stages import to_collect
 from ctrlrl.nets.actors import BoxActor, QNetworkConfig, SquashedGaussian
 from ctrlrl.nets.decoders import Decoder, DecoderConfig, make_decoder
 from ctrlrl.nets.q_ensemble import QEnsemble
@@ -85,8 +86,7 @@ class GoRLSAC(SAC):
             ConfigError: A stage would be over before its first update.
         """
         ends = StagesConfig(stages=self.stages).ends(start, steps)
-        # two pairs at least: one to learn from, one held out
-        collected = max(2, config.refinement.refine_steps or steps // (100 * max(len(ends) - 1, 1)))
+        collected = to_collect(config.refinement, steps, len(ends))
         for stage, (begin, end) in enumerate(pairwise([start, *ends])):
             least = config.learning_starts + (collected + iteration if stage else 0)
             if len(ends) > 1 and end - begin <= least:
