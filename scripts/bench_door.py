@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import shards
 
 METHODS = ("bc", "iql")
 LIKE, EVALUATION_SEED, REPETITIONS = "door-human-v1", 10_000, 5_000
@@ -60,30 +62,6 @@ def shard(args: argparse.Namespace, method: str, seed: int | str) -> Path:
     return args.out / f"{args.updates}" / f"{method}-s{seed}.json"
 
 
-def run_all(args: argparse.Namespace) -> int:
-    """Run the missing shards, as many at once as ``--jobs`` says; how many failed."""
-    deadline = time.monotonic() + 60 * args.minutes
-    queue = [(m, s) for s in range(args.seeds) for m in args.methods if not shard(args, m, s).exists()]
-    settings = ["--file", str(args.file), "--updates", str(args.updates), "--episodes", str(args.episodes)]
-    settings += ["--out", str(args.out), "--compile" if args.compile else "--no-compile"]
-    running: list[tuple[tuple, subprocess.Popen]] = []
-    failed = 0
-    while running or (queue and time.monotonic() < deadline):
-        while queue and len(running) < args.jobs and time.monotonic() < deadline:
-            job = queue.pop(0)
-            if shard(args, *job).exists():  # made by another call meanwhile
-                continue
-            command = [sys.executable, __file__, *settings, "--worker", *map(str, job)]
-            running.append((job, subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})))
-        time.sleep(0.5)
-        for job, process in list(running):
-            if process.poll() is not None:
-                running.remove((job, process))
-                failed += process.returncode != 0
-                print(f"{'ran' if process.returncode == 0 else 'FAILED'}: {job}", flush=True)
-    return failed
-
-
 def table(args: argparse.Namespace) -> dict:
     import numpy as np
 
@@ -91,47 +69,46 @@ def table(args: argparse.Namespace) -> dict:
 
     found = {}
     for method in METHODS:
-        shards = [json.loads(p.read_text()) for p in sorted((args.out / f"{args.updates}").glob(f"{method}-s*.json"))]
-        if not shards:
+        made = [json.loads(p.read_text()) for p in sorted((args.out / f"{args.updates}").glob(f"{method}-s*.json"))]
+        if not made:
             continue
-        runs = np.array([np.mean(s["scores"]) for s in shards])
+        runs = np.array([np.mean(s["scores"]) for s in made])
         drawn = np.random.default_rng(0).choice(runs, (REPETITIONS, len(runs))).mean(1)
         theirs = published(method, LIKE)
         found[method] = {
             "seeds": len(runs), "mean": round(float(runs.mean()), 2),
             "interval": None if len(runs) < 2 else [round(float(x), 2) for x in np.percentile(drawn, [2.5, 97.5])],
             "runs": [round(float(x), 2) for x in runs],
-            "mean_return": round(float(np.mean([np.mean(s["returns"]) for s in shards])), 1),
-            "best_episode": round(max(max(s["scores"]) for s in shards), 1),
+            "mean_return": round(float(np.mean([np.mean(s["returns"]) for s in made])), 1),
+            "best_episode": round(max(max(s["scores"]) for s in made), 1),
             "published": f"{theirs.score:.2f} ± {theirs.score_std:.2f} after {theirs.updates:,} updates",
-            "train_s": [s["train_s"] for s in shards],
+            "train_s": [s["train_s"] for s in made],
         }  # fmt: skip
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new run is started after this")
+    shards.add_arguments(parser, "bench/door", words=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=100_000, help="of every run")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--file", type=Path, default=FOLDER / "door-human-demos.hdf5")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=Path("bench/door"))
-    parser.add_argument("--worker", nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.file.is_file():
         sys.exit(f"{args.file} is absent; set CTRLRL_DATA to its folder, or give it by --file")
     if args.worker:
         worker(args)
         return
-    failed = run_all(args)
+    queue = [(m, s) for s in range(args.seeds) for m in args.methods]
+    words = shards.flags(args, "file", "updates", "episodes", "out", "compile")
+    failed = shards.run_missing(args, __file__, queue, partial(shard, args), words)
     merged = table(args)
     paths = sorted((args.out / f"{args.updates}").glob("*.json"))
     document = {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "protocol": shards.protocol(__doc__),
         "arguments": {k: getattr(args, k) for k in ("methods", "seeds", "updates", "episodes", "compile")},
         "versions": json.loads(paths[0].read_text())["versions"] if paths else {},
         "table": merged,

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
+
+import shards
 
 ENVS = ("HopperStand-v1", "FingerSpin-v1", "WalkerWalk-v1")
 ARMS = {
@@ -95,36 +97,6 @@ def shard(args: argparse.Namespace, env: str, arm: str, seed: int | str) -> Path
     return args.out / f"{args.steps}" / kind / env / f"{arm}-s{seed}.json"
 
 
-def run_all(args: argparse.Namespace, queue: list[tuple]) -> int:
-    """Run the missing shards, as many at once as ``--jobs`` says; how many failed."""
-    deadline = time.monotonic() + 60 * args.minutes
-    settings = ["--steps", str(args.steps), "--episodes", str(args.episodes), "--out", str(args.out)]
-    settings += ["--backend", args.backend, *(["--compile"] if args.compile else ["--no-compile"])]
-    settings += ["--ceilings"] if args.ceilings else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running: list[tuple[tuple, subprocess.Popen]] = []
-    failed = 0
-    while running or (queue and time.monotonic() < deadline):
-        while queue and len(running) < args.jobs and time.monotonic() < deadline:
-            # the stages of one decoder share the run that makes it, which must not be trained twice at once
-            busy = {(j[0], j[1].rpartition("-")[0], j[2]) for j, _ in running if args.ceilings}
-            job = next((j for j in queue if (j[0], j[1].rpartition("-")[0], j[2]) not in busy), None)
-            if job is None:
-                break
-            queue.remove(job)
-            if shard(args, *job).exists():  # made by another call meanwhile
-                continue
-            command = [sys.executable, __file__, *settings, "--worker", *map(str, job)]
-            running.append((job, subprocess.Popen(command, env=environment)))
-        time.sleep(0.5)
-        for job, process in list(running):
-            if process.poll() is not None:
-                running.remove((job, process))
-                failed += process.returncode != 0
-                print(f"{'ran' if process.returncode == 0 else 'FAILED'}: {job}", flush=True)
-    return failed
-
-
 def table(args: argparse.Namespace, arms: list[str]) -> dict:
     from statistics import fmean, median
 
@@ -134,15 +106,15 @@ def table(args: argparse.Namespace, arms: list[str]) -> dict:
 
     found: dict[str, dict] = {}
     for env in args.envs:
-        shards: dict[str, list[dict]] = {}
+        made: dict[str, list[dict]] = {}
         for path in sorted(shard(args, env, "x", 0).parent.glob("*.json")):
             data = json.loads(path.read_text())
-            shards.setdefault(data["method"], []).append(data)
-        slowest = [s["train_s"] for s in shards.get("gaussian", [])]
-        for arm in [a for a in arms if a in shards]:
-            runs = [fmean(s["returns"]) for s in shards[arm]]
+            made.setdefault(data["method"], []).append(data)
+        slowest = [s["train_s"] for s in made.get("gaussian", [])]
+        for arm in [a for a in arms if a in made]:
+            runs = [fmean(s["returns"]) for s in made[arm]]
             estimate = iqm(np.array(runs)[:, None], reps=5000)
-            seconds = median(s["train_s"] for s in shards[arm])
+            seconds = median(s["train_s"] for s in made[arm])
             found.setdefault(env, {})[arm] = {
                 "seeds": len(runs), "iqm": round(estimate.value, 1), "low": rounded(estimate.low),
                 "high": rounded(estimate.high), "runs": [round(r, 1) for r in runs], "train_s": seconds,
@@ -157,8 +129,9 @@ def rounded(value: float | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new run is started after this")
-    parser.add_argument("--ceilings", action="store_true", help="fresh latent policies on frozen decoders")
+    shards.add_arguments(parser, "bench/gorl", words=3)
+    about = "fresh latent policies on frozen decoders"
+    parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=False, help=about)
     parser.add_argument("--envs", nargs="+", default=None, help=f"{' '.join(ENVS)}; with --ceilings {ENVS[0]}")
     parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--steps", type=int, default=1_000_000)
@@ -166,9 +139,6 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50, help="of each evaluation")
     parser.add_argument("--backend", default="envpool", choices=["envpool", "sync"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=Path("bench/gorl"))
-    parser.add_argument("--worker", nargs=3, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.envs = args.envs or list(ENVS[:1] if args.ceilings else ENVS)
     if args.worker:
@@ -176,11 +146,20 @@ def main() -> None:
         return
     frozen = ["frozen-identity-0", *(f"frozen-{d}-{k}" for k in range(1, 4) for d in DECODERS)]
     arms = frozen if args.ceilings else args.methods
+
+    def source_of(job: shards.Job) -> shards.Job:
+        return job[0], str(job[1]).rpartition("-")[0], job[2]
+
+    def not_shared(job: shards.Job, running: Collection[shards.Job]) -> bool:
+        """The stages of one decoder share the run that makes it, which must not be trained twice at once."""
+        return not args.ceilings or source_of(job) not in map(source_of, running)
+
     queue = [(e, a, s) for s in range(args.seeds) for e in args.envs for a in arms]
-    failed = run_all(args, [job for job in queue if not shard(args, *job).exists()])
+    words = shards.flags(args, "steps", "episodes", "out", "backend", "compile", "ceilings")
+    failed = shards.run_missing(args, __file__, queue, partial(shard, args), words, ready=not_shared)
     merged = table(args, arms)
     document = {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[2 if args.ceilings else 1].split()),
+        "protocol": shards.protocol(__doc__, 2 if args.ceilings else 1),
         "arguments": {k: getattr(args, k) for k in ("steps", "seeds", "envs", "episodes", "backend", "compile")},
         "shared": SHARED,
         "table": merged,

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shards
 from losses_claims import CLAIMS, judge
 from losses_runs import ANSWERS, EPISODES, HEADLINE, PLAIN, REPS, SEEDS, TASKS, Job, records, run, shard
 
@@ -159,7 +160,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         short["git_commit"] = r["versions"]["git_commit"]
     latest = max(every, key=lambda r: r["at"])["versions"] if every else {}
     return {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "protocol": shards.protocol(__doc__),
         "arguments": {
             "tasks": {
                 name: {"env": t.env, "steps": t.steps, "baseline": t.baseline, "settings": dict(t.settings),

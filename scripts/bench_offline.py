@@ -20,11 +20,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import shards
 
 ENVS = ("Hopper-v5", "HalfCheetah-v5")
 METHODS = ("bc", "td3_bc", "iql", "d3rlpy_td3_bc", "d3rlpy_iql")
@@ -156,39 +157,6 @@ def shard(args: argparse.Namespace, env: str, method: str, seed: int | str) -> P
     return folder(args, env) / f"{args.updates}" / f"{method}-s{seed}.json"
 
 
-def run_all(args: argparse.Namespace) -> int:
-    """Run the missing sets, then the missing shards, as many at once as ``--jobs`` says; how many failed."""
-    deadline = time.monotonic() + 60 * args.minutes
-    queue = [(e, "data", 0) for e in args.envs]
-    queue += [(e, m, s) for s in range(args.seeds) for e in args.envs for m in args.methods]
-    queue = [job for job in queue if not shard(args, *job).exists()]
-    settings = ["--out", str(args.out), *(["--compile"] if args.compile else ["--no-compile"])]
-    for name in ("sac_steps", "updates", "episodes", "data_seed"):
-        settings += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running: list[tuple[tuple, subprocess.Popen]] = []
-    failed = 0
-    while running or (queue and time.monotonic() < deadline):
-        ready = [job for job in queue if job[1] == "data" or shard(args, job[0], "data", 0).exists()]
-        if not ready and not running:  # a set could not be made
-            return failed
-        while ready and len(running) < args.jobs and time.monotonic() < deadline:
-            job = ready.pop(0)
-            queue.remove(job)
-            if shard(args, *job).exists():  # made by another call meanwhile
-                continue
-            command = [sys.executable, __file__, *settings, "--worker", *map(str, job)]
-            # d3rlpy tells its settings on standard output
-            running.append((job, subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)))
-        time.sleep(0.5)
-        for job, process in list(running):
-            if process.poll() is not None:
-                running.remove((job, process))
-                failed += process.returncode != 0
-                print(f"{'ran' if process.returncode == 0 else 'FAILED'}: {job}", flush=True)
-    return failed
-
-
 def read(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
     """Shards by environment and method."""
     found: dict[str, dict[str, list[dict]]] = {}
@@ -214,11 +182,11 @@ def interval(*runs: list[float]) -> list[float] | None:
     return [round(float(x), 1) for x in np.percentile(drawn, [2.5, 97.5])]
 
 
-def table(shards: dict[str, dict[str, list[dict]]]) -> dict:
+def table(made: dict[str, dict[str, list[dict]]]) -> dict:
     from statistics import fmean
 
     found: dict[str, dict] = {}
-    for env, methods in shards.items():
+    for env, methods in made.items():
         runs = {m: [fmean(s["scores"]) for s in each] for m, each in methods.items()}
         pairs = [(a, b) for a, b in PAIRS if a in runs and b in runs]
         found[env] = {
@@ -271,7 +239,7 @@ def plot(merged: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new run is started after this")
+    shards.add_arguments(parser, "bench/offline", words=3)
     parser.add_argument("--envs", nargs="+", default=list(ENVS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
@@ -280,20 +248,24 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100, help="of each evaluation and reference")
     parser.add_argument("--data-seed", type=int, default=100)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="ctrlrl's updates")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=Path("bench/offline"))
     parser.add_argument("--plot", type=Path, default=None, help="also draw the table as a picture")
-    parser.add_argument("--worker", nargs=3, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
-    failed = run_all(args)
-    shards = read(args)
-    merged = table(shards)
-    first = next((run for methods in shards.values() for runs in methods.values() for run in runs), None)
+    queue = [(e, "data", 0) for e in args.envs]
+    queue += [(e, m, s) for s in range(args.seeds) for e in args.envs for m in args.methods]
+    failed = shards.run_missing(
+        args, __file__, queue, partial(shard, args),
+        shards.flags(args, "out", "compile", "sac_steps", "updates", "episodes", "data_seed"),
+        ready=lambda job, _: job[1] == "data" or shard(args, str(job[0]), "data", 0).exists(),
+        quiet=True,  # d3rlpy tells its settings on standard output
+    )  # fmt: skip
+    found = read(args)
+    merged = table(found)
+    first = next((run for methods in found.values() for runs in methods.values() for run in runs), None)
     document = {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "protocol": shards.protocol(__doc__),
         "arguments": {k: getattr(args, k) for k in ("envs", "seeds", "sac_steps", "updates", "episodes", "compile")},
         "versions": first["versions"] if first else {},
         "table": merged,

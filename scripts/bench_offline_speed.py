@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+import shards
+
 METHODS = ("td3_bc", "iql", "cql")
 SHAPE = {"batch_size": 256, "actor_hidden": (256, 256), "critic_hidden": (256, 256), "normalize_obs": False}
 RATES = {"learning_rate": 3e-4, "critic_learning_rate": 3e-4}
@@ -191,7 +193,7 @@ def main() -> None:
             f"{row['ratio_to_d3rlpy']:6.2f} x d3rlpy"
         )
     document = {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "protocol": shards.protocol(__doc__),
         "arguments": {k: getattr(args, k) for k in ("methods", "rows", "updates", "minutes")},
         "cores": cores, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {**versions(), "d3rlpy": version("d3rlpy")}, "table": rows,

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import shards
 
 ENVS = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
 METHODS = ("sb3_ppo", "ppo", "spo", "bpo", "mdpo")
@@ -157,17 +158,14 @@ def bound(value: float | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new run is started after this")
+    shards.add_arguments(parser, None, words=3)
     parser.add_argument("--off-policy", action="store_true", help="SAC, TD3 and MDPO instead of PPO and its kin")
     parser.add_argument("--steps", type=int, default=None, help="300,000; with --off-policy 50,000")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--envs", nargs="+", default=None)
     about = "sb3_ppo, or a method with settings: spo,eps=0.6"
     parser.add_argument("--methods", nargs="+", default=None, help=about)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=None, help="bench/returns; with --off-policy bench/off_policy")
     parser.add_argument("--plot", type=Path, default=None, help="also draw the table as a picture")
-    parser.add_argument("--worker", nargs=3, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.steps = args.steps or (50_000 if args.off_policy else 300_000)
     args.envs = args.envs or list(ENVS[:2] if args.off_policy else ENVS)
@@ -176,32 +174,15 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    deadline = time.monotonic() + 60 * args.minutes
     queue = [(e, m, s) for s in range(args.seeds) for e in args.envs for m in args.methods]
-    queue = [job for job in queue if not shard(args, *job).exists()]
-    running: list[tuple[tuple, subprocess.Popen]] = []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    failed = 0
-    while running or (queue and time.monotonic() < deadline):
-        while queue and len(running) < args.jobs and time.monotonic() < deadline:
-            job = queue.pop(0)
-            if shard(args, *job).exists():  # made by another call meanwhile
-                continue
-            command = [sys.executable, __file__, "--steps", str(args.steps), "--out", str(args.out), "--worker"]
-            running.append((job, subprocess.Popen([*command, *map(str, job)], env=environment)))
-        time.sleep(0.5)
-        for job, process in list(running):
-            if process.poll() is not None:
-                running.remove((job, process))
-                failed += process.returncode != 0
-                print(f"{'ran' if process.returncode == 0 else 'FAILED'}: {job}", flush=True)
+    failed = shards.run_missing(args, __file__, queue, partial(shard, args), shards.flags(args, "steps", "out"))
     merged = table(args)
-    shards = [json.loads(p.read_text()) for p in (args.out / f"{args.steps}").rglob("*.json")]
+    runs = [json.loads(p.read_text()) for p in (args.out / f"{args.steps}").rglob("*.json")]
     document = {
         "protocol": " ".join(" ".join((__doc__ or "").split("\n\n")[1 : 4 if args.off_policy else 2 : 2]).split()),
         "arguments": {"steps": args.steps, "seeds": args.seeds, "envs": args.envs, "methods": args.methods},
         "compiled": "ctrlrl yes, Stable-Baselines3 no",
-        "versions": shards[0]["versions"] if shards else {},
+        "versions": runs[0]["versions"] if runs else {},
         "table": merged,
     }
     (args.out / f"table-{args.steps}.json").write_text(json.dumps(document, indent=2) + "\n")

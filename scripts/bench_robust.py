@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import shards
 
 METHODS = ("iwocs", "sac", "sac_dr", "td3_dr", "m2td3", "rarl")
 EVALUATION_SEED = 10_000
@@ -95,7 +96,7 @@ def read(args: argparse.Namespace) -> dict[str, dict[str, list[dict]]]:
     return found
 
 
-def table(shards: dict[str, dict[str, list[dict]]]) -> dict:
+def table(made: dict[str, dict[str, list[dict]]]) -> dict:
     import numpy as np
 
     from ctrlrl.run.report_statistics import iqm
@@ -116,11 +117,11 @@ def table(shards: dict[str, dict[str, list[dict]]]) -> dict:
             }
             for method, runs in methods.items()
         }
-        for env, methods in shards.items()
+        for env, methods in made.items()
     }
 
 
-def draw(shards: dict[str, dict[str, list[dict]]], path: Path) -> None:
+def draw(made: dict[str, dict[str, list[dict]]], path: Path) -> None:
     """Heat maps of the mean over seeds, a row for each environment and a column for each method."""
     import numpy as np
 
@@ -134,7 +135,7 @@ def draw(shards: dict[str, dict[str, list[dict]]], path: Path) -> None:
         }
         return each[0]._replace(**joined)
 
-    rows = {env: {m: over_seeds(runs) for m, runs in methods.items()} for env, methods in shards.items()}
+    rows = {env: {m: over_seeds(runs) for m, runs in methods.items()} for env, methods in made.items()}
     path.write_bytes(comparison(rows))
 
 
@@ -149,34 +150,9 @@ def check(methods: list[str]) -> None:
             sys.exit(error.args[0])
 
 
-def run_all(args: argparse.Namespace) -> int:
-    """Run the missing shards, as many at once as ``--jobs`` says, and return how many failed."""
-    deadline = time.monotonic() + 60 * args.minutes
-    queue = [(e, m, s) for s in range(args.seeds) for e in args.env for m in args.methods]
-    passed = ["steps", "points", "episodes", "uncertainty", "out"]
-    settings = [word for name in passed for word in (f"--{name}", str(getattr(args, name)))]
-    settings += ["--compile"] if args.compile else []
-    running: list[tuple[tuple, subprocess.Popen]] = []
-    failed = 0
-    while running or (queue and time.monotonic() < deadline):
-        while queue and len(running) < args.jobs and time.monotonic() < deadline:
-            job = queue.pop(0)
-            if shard(args, *job).exists():  # perhaps made by another call meanwhile
-                continue
-            command = [sys.executable, __file__, *settings, "--worker", *map(str, job)]
-            running.append((job, subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})))
-        time.sleep(0.2)
-        for job, process in list(running):
-            if process.poll() is not None:
-                running.remove((job, process))
-                failed += process.returncode != 0
-                print(f"{'ran' if process.returncode == 0 else 'FAILED'}: {job}", flush=True)
-    return failed
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new run is started after this")
+    shards.add_arguments(parser, "bench/robust", words=3)
     parser.add_argument("--env", nargs="+", default=["InvertedPendulum"], help="X of ctrlrl/RobustX-v0")
     about = "a method, with _dr on randomised parameters, with settings: m2td3,learning_rate=1e-3"
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help=about)
@@ -185,29 +161,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--uncertainty", default="2d", choices=["1d", "2d", "3d"])
     parser.add_argument("--points", type=int, default=10, help="of the grid, in each dimension")
     parser.add_argument("--episodes", type=int, default=5, help="in each cell")
-    parser.add_argument("--compile", action="store_true", help="compile the updates of every method")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, default=Path("bench/robust"))
-    parser.add_argument("--worker", nargs=3, default=None, help=argparse.SUPPRESS)
+    about = "the updates of every method"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=about)
     args = parser.parse_args(arguments)
     if args.worker:
         worker(args)
         return
     check(args.methods)
-    failed = run_all(args)
-    shards = read(args)
-    merged = table(shards)
+    queue = [(e, m, s) for s in range(args.seeds) for e in args.env for m in args.methods]
+    words = shards.flags(args, "steps", "points", "episodes", "uncertainty", "out", "compile")
+    failed = shards.run_missing(args, __file__, queue, partial(shard, args), words)
+    found = read(args)
+    merged = table(found)
     arguments_used = ("steps", "seeds", "env", "methods", "uncertainty", "points", "episodes", "compile")
     document = {
-        "protocol": " ".join((__doc__ or "").split("\n\n")[1].split()),
+        "protocol": shards.protocol(__doc__),
         "arguments": {name: getattr(args, name) for name in arguments_used},
-        "versions": [run["versions"] for methods in shards.values() for runs in methods.values() for run in runs][:1],
+        "versions": [run["versions"] for methods in found.values() for runs in methods.values() for run in runs][:1],
         "table": merged,
     }
     stem = args.out / f"table-{args.steps}-{args.uncertainty}"
     if merged:
         stem.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
-        draw(shards, stem.with_suffix(".png"))
+        draw(found, stem.with_suffix(".png"))
     for env, rows in merged.items():
         print(f"{env:20}    worst                      average  nominal  search steps  seeds")
         for method, row in rows.items():

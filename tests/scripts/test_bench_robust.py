@@ -23,6 +23,7 @@ TINY = {"n_steps": 16, "batch_size": 16, "epochs": 1, "actor_hidden": (8,), "cri
 @pytest.fixture
 def script(monkeypatch):
     """The script, whose runs are small PPO agents in this process."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("bench_robust", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -40,7 +41,7 @@ def script(monkeypatch):
     class Process:
         returncode = 0
 
-        def __init__(self, command, env):
+        def __init__(self, command, env, stdout):
             module.started.append(command)
             assert command[:2] == [sys.executable, module.__file__] and env["OMP_NUM_THREADS"] == "1"
             try:
@@ -54,8 +55,8 @@ def script(monkeypatch):
     monkeypatch.setattr(api, "make", make)
     # the bootstrap takes seconds
     monkeypatch.setattr(report_statistics, "iqm", lambda s, reps: report_statistics.Estimate(s.mean(), None, None, 1))
-    module.subprocess = SimpleNamespace(Popen=Process)
-    module.time = SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic, perf_counter=time.perf_counter)
+    monkeypatch.setattr(module.shards, "subprocess", SimpleNamespace(Popen=Process, DEVNULL=None))
+    monkeypatch.setattr(module.shards, "time", SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic))
     return module
 
 
@@ -136,5 +137,5 @@ def test_a_failed_run_is_said_and_the_others_are_kept(script, tmp_path, monkeypa
     monkeypatch.setattr(script, "check", lambda methods: None)
     with pytest.raises(SystemExit, match="1 runs failed"):
         script.main([*SMALL, "--methods", "trpo", "sac", "--seeds", "1", "--out", str(tmp_path)])
-    assert "FAILED: ('InvertedPendulum', 'trpo', 0)" in capsys.readouterr().out
+    assert "FAILED: InvertedPendulum trpo 0" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "table-64-2d.json").read_text())["table"]["InvertedPendulum"]) == ["sac"]
