@@ -31,6 +31,34 @@ class Evaluation(NamedTuple):
         """Standard deviation of the returns over episodes."""
         return float(self.returns.std())
 
+    def value_at_risk(self, level: float = 0.1) -> float:
+        """Return that the worst ``level`` of the episodes do not exceed: the empirical quantile, without interpolation.
+
+        Raises:
+            ValueError: The level is not in (0, 1].
+        """
+        _check_level(level)
+        return float(np.quantile(self.returns, level, method="inverted_cdf"))
+
+    def conditional_value_at_risk(self, level: float = 0.1) -> float:
+        """Mean return of the worst ``level`` of the episodes; the last of them counts with the part that belongs to it.
+
+        ``level`` 1 is the mean. Source: Rockafellar and Uryasev 2002, Conditional value-at-risk for general loss
+        distributions, prop. 8.
+
+        Raises:
+            ValueError: The level is not in (0, 1].
+        """
+        _check_level(level)
+        count = level * len(self.returns)
+        weight = np.clip(count - np.arange(len(self.returns)), 0.0, 1.0)
+        return float((np.sort(self.returns) * weight).sum() / count)
+
+
+def _check_level(level: float) -> None:
+    if not 0.0 < level <= 1.0:
+        raise ValueError(f"level={level} must lie in (0, 1]: the share of the episodes that are the worst")
+
 
 MAX_STEPS = 1_000_000
 """Steps after which an episode is taken to be endless."""

@@ -7,12 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
 from ctrlrl.run.complaint import fail
+
+if TYPE_CHECKING:
+    from ctrlrl.engine.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Eval:
     """Sample the actions instead of taking the mode."""
     seed: int | None = None
     """Seed of the episodes; the run's own by default."""
+    risk: tuple[float, ...] = ()
+    """Levels at which to show value at risk and conditional value at risk: 0.1 is the worst tenth of the episodes."""
     out: Path | None = None
     """Also write the raw returns to this JSON file; --robust writes robust.json in the run folder by default."""
     robust: bool = False
@@ -56,7 +61,11 @@ def main(words: list[str]) -> int:
     from ctrlrl.engine.runfolder import write_json
 
     options = tyro.cli(Eval, args=words, prog="ctrlrl eval")
+    if wrong := [p for p in options.risk if not 0.0 < p <= 1.0]:
+        return fail(f"--risk {wrong[0]:g} is no share of the episodes; give numbers in (0, 1], such as 0.1", 2)
     if options.robust:
+        if options.risk:
+            return fail("--risk is of the episodes of one environment; leave it or --robust out", 2)
         return _eval_robust(options)
     asked = [f.name for f in dataclasses.fields(Eval) if f.name in ROBUST and getattr(options, f.name) != f.default]
     if asked:
@@ -75,6 +84,7 @@ def main(words: list[str]) -> int:
                 "deterministic": not options.stochastic,
                 "returns": result.returns,
                 "normalized": agent.normalized(result.returns),
+                "risk": {str(p): _at_risk(result, p) for p in options.risk},
                 "lengths": result.lengths,
                 "seeds": result.seeds,
             },
@@ -87,6 +97,9 @@ def main(words: list[str]) -> int:
     low, middle, high = np.quantile(result.returns, (0.0, 0.5, 1.0))
     print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")
     print(f"  lowest {low:.2f}, median {middle:.2f}, highest {high:.2f}")
+    for level in options.risk:
+        worst, mean = result.value_at_risk(level), result.conditional_value_at_risk(level)
+        print(f"  worst {100 * level:g} %: value at risk {worst:.2f}, conditional value at risk {mean:.2f}")
     scores = agent.normalized(result.returns)
     if scores is not None:
         print(f"  D4RL-normalised score {scores.mean():.1f}, standard error {scores.std() / len(scores) ** 0.5:.1f}")
@@ -94,6 +107,13 @@ def main(words: list[str]) -> int:
     if best:
         print(best)
     return 0
+
+
+def _at_risk(result: Evaluation, level: float) -> dict[str, float]:
+    return {
+        "value_at_risk": result.value_at_risk(level),
+        "conditional_value_at_risk": result.conditional_value_at_risk(level),
+    }
 
 
 def _best(agent: Any, options: Eval) -> str:

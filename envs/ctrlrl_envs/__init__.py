@@ -50,3 +50,17 @@ for _name, _module, _limit in (
         gym.register(
             f"ctrlrl/{_name}-v0", entry_point=_path, vector_entry_point=f"{_path}Vector", max_episode_steps=_limit
         )
+
+if "ctrlrl/RiskyPointMass-v0" not in gym.registry:
+    _path = f"{__name__}.risky.point_mass:RiskyPointMass"
+    gym.register(
+        "ctrlrl/RiskyPointMass-v0", entry_point=_path, vector_entry_point=f"{_path}Vector", max_episode_steps=60
+    )
+
+# the limits are those of the paper: 200 steps for the cheetah, 500 for the others
+for _name, _maker, _limit in (
+    ("RiskyHalfCheetah", "half_cheetah", 200), ("RiskyHopper", "hopper", 500), ("RiskyWalker2d", "walker2d", 500),
+):  # fmt: skip
+    if f"ctrlrl/{_name}-v0" not in gym.registry:
+        _entry = f"{__name__}.risky.penalty:{_maker}"
+        gym.register(f"ctrlrl/{_name}-v0", entry_point=_entry, max_episode_steps=_limit)

@@ -8,6 +8,7 @@ from helpers.envs import env_id
 
 from ctrlrl import api
 from ctrlrl.engine import runfolder
+from ctrlrl.engine.evaluate import Evaluation
 from ctrlrl.types import EnvSpec
 
 
@@ -141,3 +142,39 @@ def test_every_run_folder_gets_a_best_checkpoint_of_its_own(tmp_path):
         best = api.load(tmp_path / name, "best")
         means = {e["step"]: np.mean(e["returns"]) for e in runfolder.read_evaluations(tmp_path / name)}
         assert means[best.steps] == max(means.values())
+
+
+# -- risk -----------------------------------------------------------------------------------------
+
+
+def results(*returns):
+    n = len(returns)
+    return Evaluation(np.array(returns, float), np.ones(n, np.int64), np.arange(n))
+
+
+def test_the_worst_share_of_ten_episodes_by_hand():
+    """Returns 1 to 10: the worst tenth is 1, the worst quarter (1 + 2 + 3 / 2) / 2.5 = 1.8, all of them 5.5."""
+    found = results(*np.random.default_rng(0).permutation(np.arange(1.0, 11.0)))
+    assert [found.value_at_risk(p) for p in (0.1, 0.25, 0.5, 1.0)] == [1.0, 3.0, 5.0, 10.0]
+    assert found.conditional_value_at_risk(0.1) == 1.0
+    assert found.conditional_value_at_risk(0.25) == pytest.approx(1.8)
+    assert found.conditional_value_at_risk(1.0) == pytest.approx(found.mean)
+
+
+def test_a_share_of_less_than_one_episode_is_the_worst_episode():
+    found = results(3.0, -7.0, 2.0)
+    assert found.value_at_risk(0.1) == found.conditional_value_at_risk(0.1) == -7.0
+
+
+def test_the_mean_of_the_worst_approaches_that_of_a_normal():
+    """CVaR of N(0, 1) at 0.1 is -phi(z) / 0.1 = -1.755, VaR is z = -1.2816."""
+    found = results(*np.random.default_rng(0).normal(size=200_000))
+    assert found.value_at_risk(0.1) == pytest.approx(-1.2816, abs=0.01)
+    assert found.conditional_value_at_risk(0.1) == pytest.approx(-1.7550, abs=0.01)
+
+
+@pytest.mark.parametrize("level", [0.0, -0.1, 1.1, float("nan")])
+def test_levels_are_shares(level):
+    for ask in (results(1.0).value_at_risk, results(1.0).conditional_value_at_risk):
+        with pytest.raises(ValueError, match="level="):
+            ask(level)

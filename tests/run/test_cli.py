@@ -301,6 +301,17 @@ def test_eval_prints_the_returns_and_writes_them(run, trained, tmp_path):
     assert status == 0 and "best checkpoint" in out and "2 stochastic episodes" in out
 
 
+def test_eval_shows_the_worst_share_of_the_episodes(run, trained, tmp_path):
+    out_file = tmp_path / "returns.json"
+    status, out, err = run("eval", trained[0], "--episodes", "5", "--risk", "0.1", "0.5", "--out", out_file)
+    assert status == 0, err
+    assert "worst 10 %: value at risk 6.00, conditional value at risk 6.00" in out and "worst 50 %" in out
+    assert json.loads(out_file.read_text())["risk"]["0.5"] == {"value_at_risk": 6.0, "conditional_value_at_risk": 6.0}
+    for words, said in ((["--risk", "1.5"], "1.5 is no share"), (["--risk", "0.1", "--robust"], "--robust out")):
+        status, _, err = run("eval", trained[0], *words)
+        assert status == 2 and said in err
+
+
 def test_eval_of_a_checkpoint_that_is_not_there_says_which_are(run, trained):
     status, _, err = run("eval", trained[0], "--checkpoint", "interrupted")
     assert status == 1 and "best.safetensors, last.safetensors" in err

@@ -99,8 +99,8 @@ def best_gaussian(
 # -- many at once -------------------------------------------------------------------------------
 
 
-class Bits:
-    """Hidden bits of ``n`` rows, each row the numbers that a single environment of its seed draws one by one."""
+class Uniforms:
+    """Numbers in [0, 1) for ``n`` rows: in each those that a single environment of its seed draws one by one."""
 
     BLOCK = 64  # drawn ahead, so that a reset of many rows is no loop
 
@@ -109,8 +109,8 @@ class Bits:
         self._ahead = np.zeros((n, self.BLOCK))
         self._next = np.full(n, self.BLOCK)
 
-    def draw(self, rows: np.ndarray, seeds: Sequence[int | None] | None) -> np.ndarray:
-        """[M] +-1 for ``rows`` [M]; a row whose entry of ``seeds`` [n] is an int starts a new stream."""
+    def draw(self, rows: np.ndarray, seeds: Sequence[int | None] | None = None) -> np.ndarray:
+        """[M] for ``rows`` [M]; a row whose entry of ``seeds`` [n] is an int starts a new stream."""
         if seeds is not None:
             for row in rows.tolist():
                 if seeds[row] is not None:
@@ -118,7 +118,7 @@ class Bits:
         for row in rows[self._next[rows] == self.BLOCK].tolist():
             stream = self._streams[row] = self._streams[row] or seeding.np_random()[0]
             self._ahead[row], self._next[row] = stream.random(self.BLOCK), 0
-        drawn = bit_of(self._ahead[rows, self._next[rows]])
+        drawn = self._ahead[rows, self._next[rows]]
         self._next[rows] += 1
         return drawn
 

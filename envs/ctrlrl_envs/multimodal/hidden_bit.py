@@ -9,9 +9,9 @@ import gymnasium as gym
 import numpy as np
 
 from ctrlrl_envs.multimodal.base import (
-    Bits,
     Ceiling,
     ToyVector,
+    Uniforms,
     best_gaussian,
     bit_of,
     check_count,
@@ -87,10 +87,10 @@ class HiddenBitVector(ToyVector):
         super().__init__(single, num_envs, max_episode_steps)
         self.tries, self.tolerance = single.tries, single.tolerance
         self.bit, self._left = np.zeros(num_envs, dtype=np.int64), np.zeros(num_envs, dtype=np.int64)
-        self._bits = Bits(num_envs)
+        self._uniforms = Uniforms(num_envs)
 
     def _begin(self, rows: np.ndarray, seeds: Sequence[int | None] | None) -> None:
-        self.bit[rows], self._left[rows] = self._bits.draw(rows, seeds), self.tries
+        self.bit[rows], self._left[rows] = bit_of(self._uniforms.draw(rows, seeds)), self.tries
 
     def _move(self, action: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         hit = live & (np.abs(action[:, 0] - self.bit) < self.tolerance)

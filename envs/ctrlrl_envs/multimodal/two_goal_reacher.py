@@ -9,9 +9,9 @@ import gymnasium as gym
 import numpy as np
 
 from ctrlrl_envs.multimodal.base import (
-    Bits,
     Ceiling,
     ToyVector,
+    Uniforms,
     best_gaussian,
     bit_of,
     check,
@@ -130,10 +130,10 @@ class TwoGoalReacherVector(ToyVector):
         self.tries, self.tolerance, self.cost = single.tries, single.tolerance, single.cost
         self.bit, self._left = np.zeros(num_envs, dtype=np.int64), np.zeros(num_envs, dtype=np.int64)
         self._side, self._y = np.zeros(num_envs, dtype=np.int64), np.zeros(num_envs)
-        self._bits = Bits(num_envs)
+        self._uniforms = Uniforms(num_envs)
 
     def _begin(self, rows: np.ndarray, seeds: Sequence[int | None] | None) -> None:
-        self.bit[rows], self._left[rows] = self._bits.draw(rows, seeds), self.tries
+        self.bit[rows], self._left[rows] = bit_of(self._uniforms.draw(rows, seeds)), self.tries
         self._side[rows], self._y[rows] = 0, 0.0
 
     def _move(self, action: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
