@@ -7,7 +7,6 @@ import os
 from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium as gym
-import torch
 
 from ctrlrl import names
 from ctrlrl.engine import algorithm as algorithms
@@ -16,6 +15,7 @@ from ctrlrl.engine.algorithm import OfflineAlgorithm
 from ctrlrl.engine.off_policy import OffPolicyAgent
 from ctrlrl.engine.offline import OfflineAgent
 from ctrlrl.engine.on_policy import OnPolicyAgent
+from ctrlrl.engine.rebuild import rebuild
 from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.engine.world import capabilities
 from ctrlrl.losses import base as losses
@@ -148,23 +148,6 @@ def load(
     """
     document = runfolder.read_config(folder)
     cls: Any = get_method(document["method"], online=OffPolicyAgent.own_name in document)
-    spec = document["env"]
-    if env is None and spec is not None:
-        wrappers = tuple((path, dict(kwargs)) for path, kwargs in spec["wrappers"])
-        env = EnvSpec(**{**spec, "wrappers": wrappers})
-    if env is None and not issubclass(cls, OfflineAgent):
+    if env is None and document["env"] is None and not issubclass(cls, OfflineAgent):
         raise ValueError(f"{folder} was trained on a live environment without an id; pass it as env=")
-    settings: dict[str, Any] = {}
-    for name, value in document["config"].items():
-        settings |= value if isinstance(value, dict) else {name: value}
-    if encoder is not None:
-        settings["encoder"] = encoder
-    if device is not None:
-        settings["device"] = device
-    elif str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
-        settings["device"] = "cpu"
-    settings["cudagraphs"] = settings["cudagraphs"] and not str(settings["device"]).startswith("cpu")
-    settings |= document[cls.own_name]
-    agent = cls.from_document(document, env, settings)
-    agent.load_checkpoint(folder, checkpoint)
-    return agent
+    return rebuild(cls, folder, checkpoint, env, device, encoder)

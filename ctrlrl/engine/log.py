@@ -75,6 +75,7 @@ class RunLogger:
         wandb: Arguments of ``wandb.init`` to also send to Weights & Biases; None leaves it alone.
         resume_step: Take up the run at this step: later rows are removed, TensorBoard hides later points, and the
             clock goes on from the last row kept, so that the files become those of a run never stopped.
+        resume_iteration: Number of the last iteration done by then; rows of later ones are removed whatever their step.
         tags: Names used in TensorBoard and wandb; the ``.jsonl`` files always use SB3's.
 
     Raises:
@@ -88,6 +89,7 @@ class RunLogger:
         tensorboard: bool = True,
         wandb: dict[str, Any] | None = None,
         resume_step: int | None = None,
+        resume_iteration: int | None = None,
         tags: Tags = "sb3",
     ) -> None:
         self.folder = Path(folder)
@@ -98,7 +100,7 @@ class RunLogger:
         if tags not in _RENAMED:
             raise ValueError(f"tags={tags!r} is unknown; choose one of {', '.join(_RENAMED)}")
         self._names = _RENAMED[tags]
-        last = [_trim(self.folder / name, resume_step) for name in (METRICS, EVALUATIONS)]
+        last = [_trim(self.folder / name, resume_step, resume_iteration) for name in (METRICS, EVALUATIONS)]
         self._writer = _tensorboard_writer(self.folder / TENSORBOARD, resume_step) if tensorboard else None
         self._wandb = None if wandb is None else _wandb_run(self.folder, wandb)
         self._start = time.monotonic() - max(last)
@@ -231,10 +233,15 @@ def _raw(histogram: Histogram) -> dict[str, Any]:
     }
 
 
-def _trim(file: Path, resume_step: int | None) -> float:
-    """Remove a torn last line and rows after ``resume_step``; return ``time_s`` of the last row, 0 without one."""
+def _trim(file: Path, resume_step: int | None, resume_iteration: int | None) -> float:
+    """Remove a torn last line and rows after the step or iteration; return ``time_s`` of the last row, 0 without one.
+
+    Iterations that make no step (a model is fitted) are told apart by their number.
+    """
     rows = read_lines(file)
     kept = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
+    if resume_iteration is not None:
+        kept = [row for row in kept if row.get("time/iterations", 0) <= resume_iteration]
     if file.is_file() and (len(kept) < len(rows) or not file.read_bytes().endswith(b"\n")):
         with atomic_path(file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

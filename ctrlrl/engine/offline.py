@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ctrlrl.data.dataset import Dataset, DatasetError, DatasetInfo, normalized
-from ctrlrl.data.transitions import TransitionReplay
+from ctrlrl.data.transitions import TransitionReplay, Transitions
 from ctrlrl.engine import environments, prior, runfolder
 from ctrlrl.engine.algorithm import OfflineAlgorithm
+from ctrlrl.engine.augment import Generated, PolicyGuidedDataset, RowSource
+from ctrlrl.engine.config import ConfigError
 from ctrlrl.engine.evaluate import Evaluation
-from ctrlrl.engine.offline_config import OfflineConfig
+from ctrlrl.engine.offline_config import AugmentedConfig
 from ctrlrl.engine.offline_rows import SLICE, check_actions, rows_of
 from ctrlrl.engine.seeding import derive
 from ctrlrl.engine.spaces import space_from_json
@@ -46,14 +48,14 @@ class OfflineAgent(TransitionAgent):
         preset: Named settings of the method.
         encoder: Your own encoder class, or its ``package.module:Class`` (see QNetworkConfig.encoder).
         document: config.json of the run that is being loaded: the data is read when training goes on.
-        **settings: Fields of OfflineConfig, QNetworkConfig and the method, by name.
+        **settings: Fields of AugmentedConfig, its groups and the method, by name.
 
     Raises:
         DatasetError: The data cannot be used, or does not fit the environment.
     """
 
     own_name = prior.OWN_NAME
-    loop = OfflineConfig
+    loop = AugmentedConfig
     algorithm: OfflineAlgorithm
     n_envs = 1
     _live = None
@@ -84,6 +86,8 @@ class OfflineAgent(TransitionAgent):
             if known and "like" in dataset.info.about and name.endswith((".hdf5", ".h5")):
                 settings.setdefault("like", dataset.info.about["like"])
         if document is None:
+            if settings.get("augment") is not None:
+                settings["augment"] = os.path.abspath(settings["augment"])
             self._dataset = self._dataset or self._load(settings)
             self.info = self._dataset.info
             self.observation_space, self.action_space = self._dataset.observation_space, self._dataset.action_space
@@ -101,6 +105,7 @@ class OfflineAgent(TransitionAgent):
             else self._reward_map(self.algorithm.select(self.data))
         )
         self.fingerprint = document["data"]["rows"] if document is not None else prior.fingerprint(self.data)
+        self.generated = Generated(self.policy, self.device, self.reward_map, self.seed)
 
     @property
     def data(self) -> Dataset:
@@ -180,9 +185,11 @@ class OfflineAgent(TransitionAgent):
     def _prepare(self) -> None:
         if not self.config.memory_map:  # which needs the run's folder
             self._memory()
+        self._augment()
 
     def _open(self) -> None:
         self._memory()
+        self._augment()
         if self.learner.updates == 0:
             self._fit_scaling()
 
@@ -195,12 +202,16 @@ class OfflineAgent(TransitionAgent):
         """The usable rows on the device, actions scaled to [-1, 1] and rewards as the settings say."""
         if self.replay is not None:
             return self.replay
-        # the environment's bounds, where there is one, say what the actions mean
-        data = dataclasses.replace(self.algorithm.select(self.data), action_space=self.action_space)
         folder = (self.run_dir or Path(tempfile.gettempdir())) if self.config.memory_map else None
-        columns = self.algorithm.columns(data, self.config.gamma)
-        self.replay = rows_of(data, self.policy, self.device, self.reward_map, columns, folder)
+        self.replay = self._stored(self.data, folder)
         return self.replay
+
+    def _stored(self, data: Dataset, folder: Path | None = None) -> TransitionReplay:
+        """The rows of ``data`` that the method learns from."""
+        # the environment's bounds, where there is one, say what the actions mean
+        data = dataclasses.replace(self.algorithm.select(data), action_space=self.action_space)
+        columns = self.algorithm.columns(data, self.config.gamma)
+        return rows_of(data, self.policy, self.device, self.reward_map, columns, folder)
 
     def _reward_map(self, data: Dataset) -> dict[str, float]:
         """Factor and shift of the rewards."""
@@ -227,20 +238,56 @@ class OfflineAgent(TransitionAgent):
         for module in found:
             module.fit(moments.mean, moments.var.sqrt())
 
+    # -- generated rows -----------------------------------------------------------------------
+
+    def _row_source(self) -> RowSource | None:
+        """What makes rows to learn from beside the recorded ones; None learns from those alone.
+
+        Asked once, when training begins.
+        """
+        config = self.config
+        if not isinstance(config, AugmentedConfig) or config.augmentation.augment is None:
+            return None
+        if round(self._generated_share() * config.batch_size) == 0:
+            return None
+        if self.replay is not None and type(self.replay) is not TransitionReplay:
+            raise ConfigError(f"{self.method} learns from pieces of episodes; generated rows are single transitions")
+        return PolicyGuidedDataset.of_run(
+            config.augmentation.augment, self.observation_space, self.action_space, str(self.device),
+            config.augmentation.augment_trajectories, config.guiding, config.sampling,
+        )  # fmt: skip
+
+    def _generated_share(self) -> float:
+        """Share of each batch that is generated, where there is a row source."""
+        return self.config.augmentation.augment_share
+
+    def _generated_every(self) -> int:
+        """Updates after which other rows are generated."""
+        return self.config.augmentation.augment_every
+
+    def _augment(self) -> None:
+        if self.generated.source is None and (source := self._row_source()) is not None:
+            own = type(self.algorithm).columns is not OfflineAlgorithm.columns
+            stored = self._stored if own else None
+            self.generated.begin(source, self._generated_share(), self._generated_every(), stored)
+
+    # -- updates ------------------------------------------------------------------------------
+
     def _iterate(self) -> dict[str, float]:
         """One line of the log: ``iteration_steps`` updates on rows drawn with replacement."""
         began, config, memory = time.perf_counter(), self.config, self._memory()
         drawing = torch.Generator(self.device).manual_seed(derive(self.seed, "draw", self.iteration))
         left = min(config.iteration_steps, self.span[1] - self.steps)
-        index = memory.draw(left, config.batch_size, drawing)
         found: dict[str, list[Tensor]] = {}
+        statistics: dict[str, float] = {}
+        next_batches = self._batches(memory, left, drawing, statistics)
         self.cut = False
         while left > 0 and not self.cut:
             count = min(config.updates_per_graph, left)
             self._schedule()
-            rows = index[len(index) - left :][:count]
-            noise = self.algorithm.noise(count, config.batch_size, self.policy.action_shape[0], drawing)
-            for name, values in self.learner.run(memory.sample(rows.flatten()), noise, count).items():
+            batch = next_batches(count)
+            noise = self._noise(count, drawing)
+            for name, values in self.learner.run(batch, noise, count).items():
                 found.setdefault(name, []).append(values)
             left -= count
             self.steps += count
@@ -248,7 +295,33 @@ class OfflineAgent(TransitionAgent):
         metrics = self._averages(found)
         self.iteration += 1
         self.timings["update_s"] += time.perf_counter() - began
-        return {f"train/{k}": v for k, v in metrics.items()}
+        return {f"train/{k}": v for k, v in metrics.items()} | statistics
+
+    def _noise(self, count: int, drawing: torch.Generator) -> dict[str, Tensor]:
+        """What the method draws for the next ``count`` updates."""
+        return self.algorithm.noise(count, self.config.batch_size, self.policy.action_shape[0], drawing)
+
+    def _batches(
+        self, memory: TransitionReplay, updates: int, drawing: torch.Generator, statistics: dict[str, float]
+    ) -> Callable[[int], Transitions]:
+        """What gives the next so many of this iteration's batches, one after the other.
+
+        Args:
+            memory: The recorded rows.
+            updates: Batches that may be asked for.
+            drawing: What draws rows.
+            statistics: Where to put what there is to log.
+        """
+        size, first, generated = self.config.batch_size, self.steps, self.generated
+        if generated.source is None:
+            index = memory.draw(updates, size, drawing)
+            return lambda count: memory.sample(index[self.steps - first :][:count].flatten())
+
+        def both(count: int) -> Transitions:
+            statistics.update(generated.refresh(self.steps, memory))
+            return generated.sample(memory, count, size, drawing)
+
+        return both
 
     def _schedule(self) -> None:
         if self.config.actor_schedule == "cosine":
@@ -279,6 +352,16 @@ class OfflineAgent(TransitionAgent):
         return Path(self.info.id).stem if self.info.path else self.info.id
 
     # -- state --------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | self.generated.tensors(self.steps)
+
+    def counters(self) -> dict[str, Any]:
+        return super().counters() | self.generated.counters()
+
+    def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        super().restore(tensors, counters)
+        self.generated.restore(tensors, counters)
 
     def document(self) -> dict[str, Any]:
         return super().document() | {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from ctrlrl.engine.augment import AugmentConfig
+from ctrlrl.engine.config import ConfigError
+from ctrlrl.engine.guidance import GuidanceConfig
 from ctrlrl.engine.transition_config import TransitionConfig
+from ctrlrl.nets.edm import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,22 @@ class OfflineConfig(TransitionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("iteration_steps")
+
+
+@dataclass(frozen=True)
+class AugmentedConfig(OfflineConfig):
+    """The offline loop's settings with those of generated rows, for learners of single transitions."""
+
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+    """Whether and when rows are generated."""
+    guiding: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """How they are pushed towards the policy."""
+    sampling: SamplerConfig = field(default_factory=SamplerConfig)
+    """How the model turns noise into them, whatever the settings of its own run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augmentation.augment is None and (self.guiding, self.sampling) != (GuidanceConfig(), SamplerConfig()):
+            raise ConfigError(
+                "settings of guidance and sampler are for generated rows: name their model (--augment RUN)"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,26 @@ class Soft(Algorithm):
             return value, {"actor_loss": value.detach(), "logp": logp.detach()}
 
         return loss
+
+    def actor_critic(
+        self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """SAC's whole update: critics, policy, coefficient, target critics."""
+        alpha = self.alpha(nets, batch.reward_t)
+        with torch.no_grad():
+            target = self.soft_target(nets, batch, noise["next_action"], knobs["gamma"], alpha)
+
+        def critic_loss(critic: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            q = critic(batch.obs, batch.action)
+            value = 0.5 * (q - target).square().mean(1).sum()
+            return value, {"critic_loss": value.detach(), "q": q.detach().mean()}
+
+        metrics = nets.descend("critic", critic_loss)
+        metrics |= nets.descend("actor", self.soft_policy_loss(nets, batch.obs, noise["action"], alpha))
+        logp = metrics.pop("logp")
+        metrics |= self.adapt(nets, logp, batch.action.shape[-1])
+        nets.track("critic_target", "critic", knobs["tau"])
+        return metrics | {"ent_coef": alpha, "entropy": -logp.mean()}
 
     def adapt(self, nets: Nets, logp: Tensor, dims: int) -> dict[str, Tensor]:
         """One step of a learned coefficient on -log(alpha) (logp + target).

@@ -228,8 +228,8 @@ class TrainedAgent(Agent):
             self.interrupted = stack.enter_context(hooks.interruptible())
             log = None
             if self.run_dir is not None:
-                step = self.steps if resume else None
-                log = RunLogger(self.run_dir, tensorboard, None if wandb is None else dict(wandb), step, tags)
+                begin = (self.steps, self.iteration) if resume else (None, None)
+                log = RunLogger(self.run_dir, tensorboard, None if wandb is None else dict(wandb), *begin, tags)
                 stack.callback(log.close)
             label = f"{self.method} {self._env_name()}"
             bar = stack.enter_context(Progress(self.span[1], self.steps, label, enabled=progress))

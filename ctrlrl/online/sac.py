@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ctrlrl.data.transitions import Transitions
@@ -39,18 +38,4 @@ class SAC(Soft):
     def update(
         self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor], phase: int
     ) -> dict[str, Tensor]:
-        alpha = self.alpha(nets, batch.reward_t)
-        with torch.no_grad():
-            target = self.soft_target(nets, batch, noise["next_action"], knobs["gamma"], alpha)
-
-        def critic_loss(critic: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            q = critic(batch.obs, batch.action)
-            value = 0.5 * (q - target).square().mean(1).sum()
-            return value, {"critic_loss": value.detach(), "q": q.detach().mean()}
-
-        metrics = nets.descend("critic", critic_loss)
-        metrics |= nets.descend("actor", self.soft_policy_loss(nets, batch.obs, noise["action"], alpha))
-        logp = metrics.pop("logp")
-        metrics |= self.adapt(nets, logp, batch.action.shape[-1])
-        nets.track("critic_target", "critic", knobs["tau"])
-        return metrics | {"ent_coef": alpha, "entropy": -logp.mean()}
+        return self.actor_critic(nets, batch, noise, knobs)

@@ -28,7 +28,7 @@ VERBS = {
     "play": "watch a run, or record it: ctrlrl play RUN --video agent.mp4",
     "export": "write a run's policy as an ONNX file: ctrlrl export RUN --out policy.onnx",
     "report": "compare runs on one page: ctrlrl report RUN...",
-    "data": "recorded data: ctrlrl data list|info|make|convert|verify",
+    "data": "recorded data: ctrlrl data list|info|make|convert|verify|generate",
     "ope": "estimate a run's return from data alone: ctrlrl ope RUN --dataset ID",
     "tuning": "what choosing among runs costs in evaluations: ctrlrl tuning RUN...",
     "list": "what there is: ctrlrl list methods|losses|envs",

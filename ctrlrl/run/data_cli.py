@@ -1,4 +1,4 @@
-"""``ctrlrl data list | info | make | convert | verify``: datasets on the command line."""
+"""``ctrlrl data list | info | make | convert | verify | generate``: datasets on the command line."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ VERBS = {
     "make": "make a set from a run: ctrlrl data make --policy RUN --kind medium --steps 100_000 --out medium.hdf5",
     "convert": "another format, or a run's replay as data: ctrlrl data convert SRC DST",
     "verify": "everything that is wrong with a set: ctrlrl data verify PATH",
+    "generate": "draw a set from a model of data: ctrlrl data generate RUN --trajectories 1_000 --out made.hdf5",
 }
 ENDINGS = (".hdf5", ".h5")
 Unfinished = Literal["error", "cut"]
@@ -128,17 +129,22 @@ def main(words: Sequence[str]) -> int:
     """``ctrlrl data ...``; returns the exit status."""
     if not words or words[0] in ("-h", "--help"):
         print("usage: ctrlrl data VERB ...\n")
-        print("\n".join(f"  {verb:8} {text}" for verb, text in VERBS.items()))
+        print("\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()))
         print("\nctrlrl data VERB --help shows every option.")
         return 0
     verb, rest = words[0], list(words[1:])
     if verb not in VERBS:
         print(f"ctrlrl: no verb data {verb!r}.{names.hint(verb, VERBS)} Verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    kind, run = {
+    verbs: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "list": (List, _list), "info": (Info, _info), "make": (Make, _make), "convert": (Convert, _convert),
         "verify": (Verify, _verify),
-    }[verb]  # fmt: skip
+    }  # fmt: skip
+    if verb == "generate":
+        from ctrlrl.run import generate_cli
+
+        verbs[verb] = (generate_cli.Options, generate_cli.run)
+    kind, run = verbs[verb]
     options = tyro.cli(kind, args=rest, prog=f"ctrlrl data {verb}")
     try:
         return run(options)
@@ -178,7 +184,7 @@ def _list(options: List) -> int:
 
 def _info(options: Info) -> int:
     data = _open(options.data, options.like, options.unfinished)
-    Console().print(_described(data))
+    Console().print(described(data))
     return 0
 
 
@@ -197,7 +203,8 @@ def _open(
     return load(name, like=like, unfinished=unfinished)
 
 
-def _described(data: Dataset) -> Table:
+def described(data: Dataset) -> Table:
+    """What is in a set, one line for each thing."""
     info, ends = data.info, data.ends
     lengths = np.diff(np.r_[0, np.flatnonzero(ends) + 1])
     table = _table("", "")
@@ -316,7 +323,7 @@ def _make(options: Make) -> int:
     if options.out is not None and options.out.suffix not in ENDINGS:
         raise DatasetError(f"--out {options.out} ends in {options.out.suffix!r}; expected {' or '.join(ENDINGS)}")
     for target in targets:  # before the work, not after it
-        _check_target(target)
+        check_target(target)
     source = _source(options.policy, options.checkpoint) if options.kind != "random" else None
     expert = _source(options.expert, options.expert_checkpoint)
     env = _make_env(options, source)
@@ -330,8 +337,8 @@ def _make(options: Make) -> int:
     about = {**data.info.about, "algorithm_name": data.info.about["algorithm"], **{k: v for k, v in about.items() if v}}
     data = dataclasses.replace(data, info=dataclasses.replace(data.info, about=about))
     for target in targets:
-        _write(data, target)
-    Console().print(_described(data))
+        write(data, target)
+    Console().print(described(data))
     if "references" not in about:
         print("No reference scores: give --expert RUN to measure them.")
     elif data.info.ref_max_score is None:
@@ -388,9 +395,9 @@ def _progress(options: Make) -> Iterator[Callable[[int], None] | None]:
 
 
 def _convert(options: Convert) -> int:
-    _check_target(options.target)
+    check_target(options.target)
     data = _open(options.source, options.like, options.unfinished, options.checkpoint, options.steps)
-    left_out = _write(data, options.target)
+    left_out = write(data, options.target)
     print(f"{options.target}: {len(data) - left_out:,} steps in {len(data.episodes):,} episodes")
     if left_out:
         print(
@@ -399,8 +406,8 @@ def _convert(options: Convert) -> int:
     return 0
 
 
-def _check_target(target: str) -> None:
-    """Refuse what cannot be written, or would replace something."""
+def check_target(target: str) -> None:
+    """Refuse a file or Minari id that cannot be written, or would replace something."""
     from ctrlrl.data import minari
 
     if target.endswith(ENDINGS):
@@ -416,7 +423,7 @@ def _check_target(target: str) -> None:
         raise DatasetError(f"{folder} exists; raise the version, or remove that folder")
 
 
-def _write(data: Dataset, target: str) -> int:
+def write(data: Dataset, target: str) -> int:
     """Write ``data`` and return how many of its steps the format has no place for."""
     from ctrlrl.data import d4rl, minari
 

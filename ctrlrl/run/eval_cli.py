@@ -1,4 +1,4 @@
-"""``ctrlrl eval``: episodes of a run's policy, or a grid over an uncertainty set."""
+"""``ctrlrl eval``: episodes of a run's policy, as it is or corrected, or a grid over an uncertainty set."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class Eval:
     """Levels at which to show value at risk and conditional value at risk: 0.1 is the worst tenth of the episodes."""
     out: Path | None = None
     """Also write the raw returns to this JSON file; --robust writes robust.json in the run folder by default."""
+    correct: Path | None = None
+    """Run of cdsa by which to correct the policy while it acts; with it, --help shows the options of correcting."""
     robust: bool = False
     """Evaluate on a grid over the environment's uncertainty set: worst case, mean, and a picture."""
     grid_points: int = 10
@@ -60,6 +62,10 @@ def main(words: list[str]) -> int:
     from ctrlrl import api
     from ctrlrl.engine.runfolder import write_json
 
+    if any(word.partition("=")[0] == "--correct" for word in words):
+        from ctrlrl.run import correction_cli
+
+        return correction_cli.main(words)
     options = tyro.cli(Eval, args=words, prog="ctrlrl eval")
     if wrong := [p for p in options.risk if not 0.0 < p <= 1.0]:
         return fail(f"--risk {wrong[0]:g} is no share of the episodes; give numbers in (0, 1], such as 0.1", 2)

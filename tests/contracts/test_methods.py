@@ -71,8 +71,8 @@ def lines(path):
     return [{k: v for k, v in row.items() if k not in ("time_s", "time/fps")} for row in rows]
 
 
-def assert_same_run(a, b):
-    for name in ("last", "best"):
+def assert_same_run(a, b, checkpoints=("last", "best")):
+    for name in checkpoints:
         files = [folder / "checkpoints" / f"{name}.safetensors" for folder in (a, b)]
         (tensors_a, state_a), (tensors_b, state_b) = (checkpoint.read(f) for f in files)
         assert state_a == state_b

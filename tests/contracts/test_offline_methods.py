@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import test_methods
 import torch
 from helpers.agents import NOISY, assert_same_tensors, quiet
 from helpers.offline import names, recorded, samples, tiny
-from test_methods import KillAt, Killed, assert_same_run, lines
+from test_methods import KillAt, Killed, lines
 
 import ctrlrl
 from ctrlrl import api
@@ -24,7 +25,7 @@ from ctrlrl.engine import hooks
 from ctrlrl.engine.config import ConfigError, field_names, nested
 from ctrlrl.engine.off_policy_config import OffPolicyConfig
 from ctrlrl.engine.offline import OfflineAgent
-from ctrlrl.engine.offline_config import OfflineConfig
+from ctrlrl.offline.mopo import MOPO
 
 EVERYTHING = frozenset(["resume", "vector", "box", "dict_obs", "image_obs", "gpu", "compile"])
 CRITICS = frozenset({"actor", "critic", "critic_target"})
@@ -49,21 +50,38 @@ class Row(NamedTuple):
     every_cut: bool = True
     """A step at which an episode was cut is learned from where the next observation is known."""
     steps: bool = True
-    """It learns from single steps, and not from pieces of episodes."""
+    """Its batches are single recorded steps, and nothing else."""
+    policy: bool = True
+    """It learns to act; others learn what the data are like."""
+    before: int = 0
+    """Iterations before the first update, with the settings of the tests."""
 
 
 TABLE = {
     "bc": Row("BC", frozenset({"actor"}), presets=frozenset({"top10"}), bootstraps=False),
+    "cdsa": Row(
+        "CDSA", frozenset({"actor"}), frozenset(["resume", "box", "gpu", "compile"]),
+        bootstraps=False, steps=False, policy=False,
+    ),
     "cql": Row("CQL", CRITICS | {"temperature"}, stochastic=True, looks_beyond=True),
     "decision_transformer": Row("DecisionTransformer", frozenset({"actor"}), bootstraps=False, steps=False),
     "edac": Row("EDAC", CRITICS | {"temperature"}, stochastic=True),
     "iql": Row("IQL", CRITICS | {"value"}, stochastic=True),
+    "mopo": Row(
+        "MOPO", CRITICS | {"temperature"}, EVERYTHING - {"dict_obs", "image_obs"}, frozenset(MOPO.presets),
+        stochastic=True, steps=False, before=4,
+    ),
+    "policy_guided_diffusion": Row(
+        "PolicyGuidedDiffusion", frozenset({"actor", "actor_ema"}), EVERYTHING - {"dict_obs", "image_obs"},
+        frozenset({"released", "synther"}), stochastic=True, bootstraps=False, steps=False, policy=False,
+    ),
     "rebrac": Row("ReBRAC", CRITICS | {"actor_target"}, every_cut=False),
     "sac_n": Row("SACN", CRITICS | {"temperature"}, stochastic=True),
     "td3_bc": Row("TD3BC", CRITICS | {"actor_target"}),
-}
+}  # fmt: skip
 EVERY = pytest.mark.parametrize("name", names())
 STEPS = pytest.mark.parametrize("name", [n for n in names() if n not in TABLE or TABLE[n].steps])
+POLICIES = pytest.mark.parametrize("name", [n for n in names() if n not in TABLE or TABLE[n].policy])
 
 
 def row(name):
@@ -92,6 +110,10 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "toy.hdf5"
     d4rl.write(recorded(), path)
     return path
+
+
+def assert_same_run(a, b, name="td3_bc"):
+    test_methods.assert_same_run(a, b, ("last", "best") if row(name).policy else ("last",))
 
 
 def learn(agent, steps, folder, **options):
@@ -147,7 +169,7 @@ def test_every_setting_is_documented_and_has_a_name_of_its_own(name):
     for setting in field_names(own):
         words = found.get(setting)
         assert isinstance(words, str) and len(words) > 10 and words.rstrip().endswith("."), f"{setting} has no words"
-    for loop in (OfflineConfig, OffPolicyConfig):
+    for loop in (own.agent_class().loop, OffPolicyConfig):
         taken = {n for group in (loop, *nested(loop).values()) for n in field_names(group)}
         assert not taken & set(field_names(own))
         assert loop is OffPolicyConfig or set(own.loop_defaults) <= taken
@@ -187,7 +209,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(name, file, tmp_path):
         before = torch.get_rng_state(), np.random.get_state()[1].copy()
         learn(api.make(name, env=NOISY, dataset=file, seed=7, **everything(name)), 24, tmp_path / folder)
         assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b", name)
 
 
 @EVERY
@@ -240,7 +262,8 @@ def test_killed_and_resumed_equals_never_killed(name, file, whole, tmp_path):
     """Death before the first border, right after it, between two, and after both."""
     expected, counters = whole(name)
     folder = tmp_path / "run"
-    for k, kill in enumerate([KillAt(4), KillAt(10, "on_checkpoint"), KillAt(16, "on_evaluation"), KillAt(22)]):
+    third = KillAt(16, "on_evaluation") if row(name).policy else KillAt(16)
+    for k, kill in enumerate([KillAt(4), KillAt(10, "on_checkpoint"), third, KillAt(22)]):
         with pytest.raises(Killed):
             if k == 0:
                 agent = api.make(name, env=NOISY, dataset=file, seed=3, **everything(name))
@@ -248,13 +271,16 @@ def test_killed_and_resumed_equals_never_killed(name, file, whole, tmp_path):
             else:
                 resume(folder, callbacks=[kill])
     resumed = resume(folder)
-    assert_same_run(expected, folder)
+    assert_same_run(expected, folder, name)
     assert resumed.counters() == counters and resumed.learner.updates == STEPS_OF_A_RUN
     # the comparison is worth something only if all of it was in use
-    rows = [r for r in lines(expected / "metrics.jsonl") if "time/iterations" in r]
-    assert [r["step"] for r in rows] == [*range(3, 74, 3), 74]
-    assert len({r["train/actor_loss"] for r in rows if "train/actor_loss" in r}) == len(rows)
-    assert len(lines(expected / "evaluations.jsonl")) == STEPS_OF_A_RUN // 12 + 1
+    every = [r for r in lines(expected / "metrics.jsonl") if "time/iterations" in r]
+    rows = every[row(name).before :]
+    assert [r["step"] for r in rows] == [*range(3, 74, 3), 74] and not any(r["step"] for r in every[: -len(rows)])
+    key = next(k for k in rows[0] if k.startswith("train/") and "loss" in k)
+    assert len({r[key] for r in rows if key in r}) == len(rows)
+    if row(name).policy:
+        assert len(lines(expected / "evaluations.jsonl")) == STEPS_OF_A_RUN // 12 + 1
     assert resumed.learner.knobs["lr/actor"] < 1e-4  # nearly through its half cosine
 
 
@@ -276,7 +302,7 @@ def test_stopped_by_ctrl_c_at_any_moment_and_resumed_equals_never_stopped(name, 
     left = api.load(tmp_path / "run", "interrupted")
     assert left.learner.updates == left.steps == agent.steps == at // 2 * 3 + at % 2 * 2, f"stopped at call {at}"
     resume(tmp_path / "run")
-    assert_same_run(whole(name)[0], tmp_path / "run")
+    assert_same_run(whole(name)[0], tmp_path / "run", name)
 
 
 def test_a_set_in_memory_is_resumed_by_giving_it_again(tmp_path):
@@ -322,7 +348,7 @@ def test_a_finished_run_is_resumed_by_doing_nothing_even_without_its_data(file, 
 # -- save, load, predict --------------------------------------------------------------------------
 
 
-@EVERY
+@POLICIES
 def test_a_loaded_agent_acts_like_the_saved_one_without_the_data_and_learns_on_with_it(name, file, tmp_path):
     copied = tmp_path / "toy.hdf5"
     copied.write_bytes(file.read_bytes())
@@ -347,7 +373,7 @@ def test_a_loaded_agent_acts_like_the_saved_one_without_the_data_and_learns_on_w
     assert_same_tensors(agent.tensors(), loaded.tensors())
 
 
-@EVERY
+@POLICIES
 def test_a_stochastic_policy_samples_and_a_deterministic_one_does_not(name):
     agent = quiet(api.make(name, dataset=recorded(), **tiny(name)), 6)
     one = seen_by(agent, 1)

@@ -90,6 +90,15 @@ def test_going_on_in_the_same_folder_appends_after_a_torn_line(tmp_path: Path) -
     assert read_metrics(tmp_path)["time_s"].iloc[-1] >= 1.0
 
 
+def test_iterations_without_steps_are_removed_by_their_number(tmp_path: Path) -> None:
+    with RunLogger(tmp_path, tensorboard=False) as logger:
+        for iteration, step in enumerate((10, 20, 20, 20, 30), start=1):
+            logger.log(step, {"time/iterations": iteration})
+    with RunLogger(tmp_path, tensorboard=False, resume_step=20, resume_iteration=3) as logger:
+        logger.log(20, {"time/iterations": 4})
+    assert read_metrics(tmp_path)["time/iterations"].tolist() == [1, 2, 3, 4]
+
+
 def test_resuming_at_nought_starts_over(tmp_path: Path) -> None:
     with RunLogger(tmp_path, tensorboard=False) as logger:
         train(logger, range(10, 41, 10))

@@ -1,10 +1,13 @@
 """Trajectories of a linear system under a linear Gaussian policy: everything about them is known exactly.
 
 Double integrator, dt 0.1: s' = A s + B a, a ~ N(K s, 0.3^2), s_0 ~ N(0, I). States and actions of T steps are jointly
-Gaussian, and so is every conditional; a denoiser, a likelihood and a tilted distribution are matrices.
+Gaussian, and so is every conditional; a denoiser, a likelihood and a tilted distribution are matrices. Actions are
+not bounded, so there is no tanh anywhere: a codec with one would make none of this Gaussian.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,6 +16,21 @@ STEPS, DT, POLICY_STD = 32, 0.1, 0.3
 A = torch.tensor([[1.0, DT], [0.0, 1.0]], dtype=torch.float64)
 B = torch.tensor([0.0, DT], dtype=torch.float64)
 K = torch.tensor([-1.0, -1.5], dtype=torch.float64)
+
+
+class LinearCodec:
+    """What guidance asks of a codec, for the scaled tokens of a :class:`LinearGaussian`."""
+
+    obs_size, action_size, channels = 2, 1, 3
+    action_channels = slice(2, 3)
+
+    def __init__(self, system: LinearGaussian) -> None:
+        self.scale, self.length = system.scale, system.steps
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States [N, T, 2], actions [N, T, 1] and nothing else, of scaled tokens x [N, 3, T]."""
+        raw = x.transpose(1, 2) * self.scale
+        return raw[..., :2], raw[..., 2:], raw[..., 3:]
 
 
 class LinearGaussian:
@@ -35,6 +53,7 @@ class LinearGaussian:
             action[2 + t] += std
             rows[t, :2], rows[t, 2] = state, action
             state = A @ state + torch.outer(B, action)
+        self._rows = rows
         raw = rows.reshape(3 * steps, sources)
         variances = (raw @ raw.T).diagonal().view(steps, 3)
         self.scale = variances.mean(0).sqrt()
@@ -72,3 +91,33 @@ class LinearGaussian:
         raw = x.transpose(1, 2) * self.scale
         normal = torch.distributions.Normal(raw[..., :2] @ gain + offset, std)
         return float(normal.log_prob(raw[..., 2]).mean())
+
+    # -- policies as targets ----------------------------------------------------------------------
+
+    @staticmethod
+    def policy(gain: Tensor, offset: float = 0.0, std: float = POLICY_STD):
+        """log N(a; gain s + offset, std^2) as guidance takes it: (states [M, 2], actions [M, 1]) -> [M]."""
+        return lambda state, action: torch.distributions.Normal(state @ gain + offset, std).log_prob(action[:, 0])
+
+    def tilted(
+        self, gain: Tensor, offset: float = 0.0, weight: float = 1.0, std: float = POLICY_STD
+    ) -> tuple[Tensor, Tensor]:
+        """Mean [3 T] and covariance [3 T, 3 T] of scaled tokens under p(tau) prod_t N(a_t; gain s_t + offset)^weight.
+
+        By conditioning the normals that everything is a linear map of.
+        """
+        distance = self._rows[:, 2] - torch.einsum("c,tcs->ts", gain, self._rows[:, :2])
+        precision = torch.eye(distance.shape[1], dtype=torch.float64) + weight / std**2 * distance.T @ distance
+        spread = torch.linalg.inv(precision)
+        centre = spread @ distance.sum(0) * offset * weight / std**2
+        tokens = (self._rows / self.scale[:, None]).flatten(0, 1)
+        return tokens @ centre, tokens @ spread @ tokens.T
+
+    def expected_log_policy(
+        self, mean: Tensor, covariance: Tensor, gain: Tensor, offset: float = 0.0, std: float = POLICY_STD
+    ) -> float:
+        """What :meth:`log_policy` is on average, for scaled tokens of a mean [3 T] and a covariance [3 T, 3 T]."""
+        row = torch.cat([-gain, torch.ones(1, dtype=torch.float64)]) * self.scale
+        distance = torch.kron(torch.eye(self.steps, dtype=torch.float64), row[None])
+        squared = (distance @ mean - offset).square() + (distance @ covariance @ distance.T).diagonal()
+        return float(-0.5 * math.log(2 * math.pi * std**2) - squared.mean() / (2 * std**2))

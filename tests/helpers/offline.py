@@ -28,8 +28,15 @@ OWN: dict[str, dict] = {
     "cql": {"cql_actions": 2},
     "decision_transformer": {"context": 3, "width": 8, "layers": 1, "heads": 2, "warmup_updates": 5},
     "edac": {"n_critics": 3},
+    "mopo": {
+        "model_members": 3, "model_elites": 2, "model_hidden": (8,), "model_batch_size": 16, "model_max_epochs": 4,
+        "model_patience": 4, "rollouts": 12, "rollout_length": 2, "rollouts_every": 6,
+    },
+    "policy_guided_diffusion": {
+        "window_length": 3, "window_stride": 1, "denoiser_channels": (8,), "denoiser_width": 16, "denoiser_blocks": 1,
+    },
     "sac_n": {"n_critics": 3},
-}
+}  # fmt: skip
 """Settings of a method's own with which it trains in milliseconds."""
 
 
