@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from ctrlrl.api import available, methods
-from ctrlrl.run import cli, data_cli, eval_cli, export_cli, ope_cli, tuning_cli
+from ctrlrl.run import cli, correction_cli, data_cli, eval_cli, export_cli, generate_cli, ope_cli, tuning_cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -93,7 +93,10 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     elif verb == "list":
         assert cli.main([verb, *words]) == 0
     elif verb == "data":
-        tyro.cli(getattr(data_cli, words[0].capitalize()), args=words[1:])
+        kind = generate_cli.Options if words[0] == "generate" else getattr(data_cli, words[0].capitalize())
+        tyro.cli(kind, args=words[1:])
+    elif "--correct" in words:
+        tyro.cli(correction_cli.EvalCorrected, args=words)
     else:
         tyro.cli(OPTIONS[verb], args=words)
 
@@ -103,9 +106,10 @@ def test_every_verb_is_shown():
 
 
 def test_flags_in_the_text_exist(capsys):
-    for name in ("bpo", "gorl", "sac", "td3_bc"):
+    offline = ("td3_bc", "policy_guided_diffusion")
+    for name in ("bpo", "gorl", "sac", *offline):
         with pytest.raises(SystemExit):
-            cli._parse_training(methods()[name].agent, ["--help"], cli.TrainOffline if name == "td3_bc" else cli.Train)
+            cli._parse_training(methods()[name].agent, ["--help"], cli.TrainOffline if name in offline else cli.Train)
     with pytest.raises(SystemExit):
         tyro.cli(eval_cli.Eval, args=["--help"])
     known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) | {"--from"}
