@@ -49,7 +49,8 @@ class CorrectionConfig:
     """Noise level of the state's step."""
     score_on: Literal["joint", "conditional"] = "conditional"
     """Gradient of log p(s, a), or of log p(a | s) for actions and log p(s) for states. In the former states move with
-    an action that the data may never have; on Risky PointMass only the latter keeps out of the disc."""
+    an action that the data may never have; on Risky PointMass the latter keeps out of the disc over a wider range of
+    noise levels and weights."""
     state_grad_at: Literal["state", "next_state"] = "state"
     """Take the gradient of states where the policy is, or where its action leads to (with the same action)."""
     combine: Literal["add", "replace"] = "add"
