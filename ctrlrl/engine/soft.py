@@ -81,7 +81,7 @@ class Soft(Algorithm):
 
         return loss
 
-    def actor_critic(
+    def sac_update(
         self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """SAC's whole update: critics, policy, coefficient, target critics."""

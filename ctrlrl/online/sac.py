@@ -38,4 +38,4 @@ class SAC(Soft):
     def update(
         self, nets: Nets, batch: Transitions, noise: Mapping[str, Tensor], knobs: Mapping[str, Tensor], phase: int
     ) -> dict[str, Tensor]:
-        return self.actor_critic(nets, batch, noise, knobs)
+        return self.sac_update(nets, batch, noise, knobs)
