@@ -93,7 +93,7 @@ class Agent(ABC):
         spec = environments.fresh(self.env_spec, width)
         base = derive(self.seed if seed is None else seed, "evaluate")
         act = self.session(None if deterministic else generator(base, "noise"))
-        with environments.torch_threads(getattr(getattr(self, "config", None), "threads", None)):
+        with environments.torch_threads(self.threads):
             if spec.backend == "envpool":
                 return evaluate_first(partial(environments.make_vector, spec), act, episodes, base, width)
             env = environments.make_vector(spec, autoreset="disabled")
@@ -134,6 +134,11 @@ class Agent(ABC):
             noise: Generator to sample actions with; None takes the mode.
         """
         return lambda obs, _: self._act(self._as_batch(obs)[0], noise)
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that the networks run in; None leaves torch's setting as it is."""
+        return getattr(getattr(self, "config", None), "threads", None)
 
     @property
     def can_evaluate(self) -> bool:

@@ -141,6 +141,14 @@ class OfflineAlgorithm(Algorithm):
         """The episodes to learn from: all of them."""
         return data
 
+    def usable(self, data: Dataset) -> np.ndarray:
+        """[N] bool: the steps of ``data`` to learn from; by default those from which a value can be learned.
+
+        What comes after an end matters to no value, and need not be known. To methods that learn what comes next it
+        does: they take ``data.next_known``.
+        """
+        return data.usable
+
     def columns(self, data: Dataset, gamma: float) -> Mapping[str, np.ndarray]:
         """Further columns of the batches (``batch.extras``), each [N, ...] with a row for every step of ``data``.
 

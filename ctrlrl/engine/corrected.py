@@ -105,19 +105,29 @@ class PolicyAgent(Agent):
         seed: int = 0, info: DatasetInfo | None = None,
     ) -> None:  # fmt: skip
         check_flat(observation_space)
-        self.base = policy = acting(policy)
-        for name, mine in {"observation_space": observation_space, "action_space": action_space}.items():
-            theirs = getattr(policy, name, None)
-            fits = theirs is None or theirs.shape == mine.shape
-            if not fits or (theirs is not None and name == "action_space" and not prior.same_bounds(theirs, mine)):
-                raise ValueError(f"the policy has {name} {theirs}, what corrects it was trained for {mine}")
         self.observation_space, self.action_space = observation_space, action_space
+        self.base = policy = self._fitting(policy)
         ours = isinstance(policy, Agent)
         self.env_spec = (policy.env_spec or env_spec) if ours else env_spec
         self.seed, self.steps = (policy.seed, policy.steps) if ours else (seed, 0)
         self.device = torch.device("cpu")
         self.info = info
         self.method = ", ".join(filter(None, (named(policy), self.words())))
+
+    def _fitting(self, policy: Any) -> Any:
+        """What acts for ``policy``, whose spaces, where it tells them, are these."""
+        found = acting(policy)
+        for name in ("observation_space", "action_space"):
+            mine, theirs = getattr(self, name), getattr(found, name, None)
+            fits = theirs is None or theirs.shape == mine.shape
+            if not fits or (theirs is not None and name == "action_space" and not prior.same_bounds(theirs, mine)):
+                raise ValueError(f"{named(found)} has {name} {theirs}, what corrects it was trained for {mine}")
+        return found
+
+    @property
+    def threads(self) -> int:
+        """One: small networks on a few rows lose more by waiting for other threads than these save."""
+        return 1
 
     def words(self) -> str:
         """What is done to the policy's actions, in a few words."""
@@ -137,7 +147,8 @@ class PolicyAgent(Agent):
         """As in Agent; ``state`` and ``episode_start`` are the policy's own affair, and deterministic its mode."""
         _, batched = self._as_batch(observation)
         rows = np.asarray(observation) if batched else np.asarray(observation)[None]
-        memory = {} if state is None and episode_start is None else {"state": state, "episode_start": episode_start}
+        # a policy without a memory need not know these arguments
+        memory = {} if state is None else {"state": state, "episode_start": episode_start}
         actions, after = self.base.predict(rows, deterministic=deterministic, **memory)
         changed = self.change(rows, np.asarray(actions))
         return (changed if batched else changed[0]), after
@@ -274,6 +285,7 @@ class BlendedAgent(PolicyAgent):
             raise ValueError(f"weight={weight} must lie in [0, 1]")
         self.other, self.weight = acting(other), weight
         super().__init__(policy, **about)
+        self.other = self._fitting(other)
 
     def words(self) -> str:
         return f"blended with {named(self.other)} (weight {self.weight:g})"

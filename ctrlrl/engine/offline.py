@@ -211,7 +211,8 @@ class OfflineAgent(TransitionAgent):
         # the environment's bounds, where there is one, say what the actions mean
         data = dataclasses.replace(self.algorithm.select(data), action_space=self.action_space)
         columns = self.algorithm.columns(data, self.config.gamma)
-        return rows_of(data, self.policy, self.device, self.reward_map, columns, folder)
+        usable = self.algorithm.usable(data)
+        return rows_of(data, self.policy, self.device, self.reward_map, columns, folder, usable)
 
     def _reward_map(self, data: Dataset) -> dict[str, float]:
         """Factor and shift of the rewards."""
@@ -252,6 +253,11 @@ class OfflineAgent(TransitionAgent):
             return None
         if self.replay is not None and type(self.replay) is not TransitionReplay:
             raise ConfigError(f"{self.method} learns from pieces of episodes; generated rows are single transitions")
+        if len(self.algorithm.select(self.data)) < len(self.data):
+            raise ConfigError(
+                f"{self.method} learns from a part of the episodes here, and the model was trained on all of them: "
+                "leave best_share or augment out"
+            )
         return PolicyGuidedDataset.of_run(
             config.augmentation.augment, self.observation_space, self.action_space, str(self.device),
             config.augmentation.augment_trajectories, config.guiding, config.sampling,

@@ -26,6 +26,7 @@ def rows_of(
     reward_map: Mapping[str, float],
     columns: Mapping[str, np.ndarray],
     folder: Path | None,
+    usable: np.ndarray | None = None,
 ) -> TransitionReplay:
     """The usable steps of ``data`` as a full TransitionReplay.
 
@@ -36,12 +37,13 @@ def rows_of(
         reward_map: "reward_scale" and "reward_shift".
         columns: Further columns, each with a row for every step of ``data``.
         folder: Hold them in a memory-mapped file there.
+        usable: [N] bool, which steps; ``data.usable`` by default.
 
     Raises:
         DatasetError: There is no usable step.
         ReplaySizeError: They do not fit.
     """
-    rows = np.flatnonzero(data.usable)
+    rows = np.flatnonzero(data.usable if usable is None else usable)
     if len(rows) == 0:
         raise DatasetError(f"{data.info.id} has no step whose next observation is known")
     extras = {k: (v.shape[1:], torch.from_numpy(v[:1]).dtype) for k, v in columns.items()}

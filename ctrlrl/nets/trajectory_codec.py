@@ -40,6 +40,7 @@ class TrajectoryCodec(nn.Module):
 
     mean: Tensor
     std: Tensor
+    varies: Tensor
 
     def __init__(self, obs_size: int, action_size: int, length: int) -> None:
         super().__init__()
@@ -47,6 +48,7 @@ class TrajectoryCodec(nn.Module):
         self.channels = obs_size + action_size + 2 + (obs_size if length == 1 else 0)
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
+        self.register_buffer("varies", torch.ones(self.channels))
 
     @property
     def action_channels(self) -> slice:
@@ -60,8 +62,12 @@ class TrajectoryCodec(nn.Module):
         return torch.cat([p.float() for p in parts], -1).transpose(-1, -2)
 
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """Take over mean and deviation [C] of the raw channels; a channel that never changes keeps deviation 1."""
+        """Take over mean and deviation [C] of the raw channels.
+
+        A channel that never changes is 0 to the model, and its mean again whatever the model makes of it.
+        """
         self.mean.copy_(mean)
+        self.varies.copy_(std > 0.0)
         self.std.copy_(torch.where(std > 0.0, std, torch.ones_like(std)))
 
     def encode(self, steps: Steps) -> Tensor:
@@ -73,7 +79,7 @@ class TrajectoryCodec(nn.Module):
 
         Differentiable; tanh and the deviation are part of an action's gradient.
         """
-        raw = (x * self.std[:, None] + self.mean[:, None]).transpose(-1, -2)
+        raw = (x * (self.std * self.varies)[:, None] + self.mean[:, None]).transpose(-1, -2)
         a = self.action_channels
         return raw[..., : a.start], raw[..., a].tanh(), raw[..., a.stop :]
 

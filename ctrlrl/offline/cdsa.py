@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctrlrl.data.dataset import Dataset
 from ctrlrl.data.transitions import Transitions
 from ctrlrl.engine.algorithm import Networks, OfflineAlgorithm, Spaces, register
 from ctrlrl.engine.config import ConfigError
@@ -66,6 +68,10 @@ class CDSA(OfflineAlgorithm):
         from ctrlrl.offline.cdsa_agent import CDSAAgent
 
         return CDSAAgent
+
+    def usable(self, data: Dataset) -> np.ndarray:
+        """[N] bool: steps whose next observation is known, of ends too: it is what the networks learn to predict."""
+        return data.next_known
 
     def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         if not isinstance(config, OfflineConfig):

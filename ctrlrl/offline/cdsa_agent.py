@@ -55,7 +55,7 @@ class CDSAAgent(OfflineAgent):
     def _iterate(self) -> dict[str, float]:
         metrics = super()._iterate()
         memory, model = self._memory(), self.policy
-        rows = memory.sample(torch.linspace(0, len(memory) - 1, min(ROWS, len(memory)), device=self.device).long())
+        rows = memory.sample(torch.arange(0, len(memory), max(1, len(memory) // ROWS), device=self.device))
         model.fit_typical(model.standard_obs(cast(Tensor, rows.obs)), model.standard_action(rows.action))
         return metrics
 

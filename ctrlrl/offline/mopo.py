@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor, nn
 
+from ctrlrl.data.dataset import Dataset
 from ctrlrl.data.transitions import Transitions
 from ctrlrl.engine.algorithm import Networks, OfflineAlgorithm, Spaces, register
 from ctrlrl.engine.offline_config import OfflineConfig
@@ -91,6 +92,10 @@ class MOPO(Soft, OfflineAlgorithm):
         from ctrlrl.offline.mopo_agent import MOPOAgent
 
         return MOPOAgent
+
+    def usable(self, data: Dataset) -> np.ndarray:
+        """[N] bool: steps whose next observation is known, of ends too: it is what the networks learn to predict."""
+        return data.next_known
 
     def networks(self, spaces: Spaces, config: TransitionConfig, encoder: Callable[..., nn.Module] | None) -> Networks:
         space = spaces.observation

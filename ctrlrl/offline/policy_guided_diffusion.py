@@ -106,9 +106,18 @@ class PolicyGuidedDiffusion(OfflineAlgorithm):
         return PolicyGuidedDiffusionAgent
 
     def select(self, data: Dataset) -> Dataset:
-        """All steps; those of windows need no next observation, which is that of the next step."""
+        """All steps; those of windows need no next observation, which is that of the next step.
+
+        A single transition that ends an episode keeps its observation where the next one is not known: an end has to
+        be generated, and no learner looks beyond it.
+        """
         if self.window_length == 1:
-            return data
+            if data.next_known.all() or isinstance(data.next_observations, Mapping):
+                return data
+            known = np.reshape(data.next_known, (-1, *[1] * (data.next_observations.ndim - 1)))
+            return dataclasses.replace(
+                data, next_observations=np.where(known, data.next_observations, np.asarray(data.observations))
+            )
         return dataclasses.replace(data, next_observations=data.observations, next_known=np.ones(len(data), bool))
 
     def noise(

@@ -166,7 +166,7 @@ class PolicyGuidedDiffusionAgent(OfflineAgent):
     def _validation_loss(self, memory: WindowReplay) -> float:
         """Loss of the averaged network on windows of episodes it has not seen, always the same with the same noise."""
         count = min(HELD_OUT, len(memory.held_out))
-        index = memory.held_out[torch.linspace(0, len(memory.held_out) - 1, count).long()]
+        index = memory.held_out[torch.arange(count) * len(memory.held_out) // count]
         memory.noise.manual_seed(derive(self.seed, "validation"))
         with torch.inference_mode():
             return float(self.averaged(*self.algorithm.inputs(memory.sample(index))).mean())
@@ -227,8 +227,8 @@ class PolicyGuidedDiffusionAgent(OfflineAgent):
         """What :meth:`generate` returned as a dataset in the environment's units, [N * T] rows.
 
         Episodes end where a step is done; a trajectory that is not done at its last step is cut there, and the
-        observation after it is not known. Steps after a done one are an episode of their own, as the next window of the
-        data would be.
+        observation after it is not known. Steps after a done one, which the data's windows never have, are kept as an
+        episode of their own, as in the released code.
 
         Args:
             steps: [N, T, ...].

@@ -1,6 +1,7 @@
 """What every offline method does with its data: which rows it learns from, how they are scaled, what is refused."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -40,6 +41,20 @@ def test_the_rows_of_the_batches_are_those_that_can_be_learned_from(name):
         assert np.array_equal(batch.terminated_t, data.terminals[rows])
         np.testing.assert_allclose(batch.action, data.actions[rows], rtol=0, atol=1e-7)
         assert not batch.terminated_t[torch.from_numpy(cuts[rows])].any()
+
+
+@pytest.mark.parametrize("name", ["cdsa", "mopo", "policy_guided_diffusion", "td3_bc"])
+def test_an_end_whose_next_observation_is_unknown_counts_for_values_and_ends_only(name):
+    """In its place stands the first observation of the next episode: nobody may learn that it comes next."""
+    data = recorded()
+    data = dataclasses.replace(data, next_known=data.next_known & ~data.terminals)
+    agent = quiet(api.make(name, dataset=data, **tiny(name) | ({"window_length": 1} if "guided" in name else {})), 3)
+    batch = agent.replay.plain(agent.replay.starts) if "guided" in name else agent.replay.sample(torch.arange(40))
+    rows = trace(data, batch.obs)
+    ends = data.terminals[rows]
+    assert data.next_known[rows].all() == (name in ("cdsa", "mopo")) != ends.any()
+    if "guided" in name:
+        assert torch.equal(batch.next_obs[ends], batch.obs[ends])
 
 
 def networks_after(name, data, where):

@@ -147,6 +147,12 @@ def test_defaults_are_the_released_mixture():
     assert round(config.augment_share * 256) == 240 and config.augment_every == 10_000
 
 
+def test_a_learner_of_the_best_episodes_is_not_given_rows_of_all(tmp_path):
+    agent = api.make("bc", dataset=recorded(), augment=model(tmp_path / "model"), preset="top10", **tiny("bc"))
+    with pytest.raises(ConfigError, match="leave best_share or augment out"):
+        quiet(agent, 3)
+
+
 def test_wrong_settings_are_refused():
     for wrong in ({"augment_share": 1.1}, {"augment_every": 0}, {"augment_trajectories": 0}, {"augment_share": -0.1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):

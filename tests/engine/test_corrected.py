@@ -261,6 +261,18 @@ class Halves:
         return np.full((len(obs), 1), 0.8 if deterministic else 0.4), None if state is None else state + 1
 
 
+def test_a_policy_without_a_memory_is_not_asked_about_one():
+    """As Stable-Baselines3's evaluate_policy asks every policy."""
+
+    class Forgetful:
+        def predict(self, obs, deterministic=False):
+            return np.full((len(obs), 1), 0.8), None
+
+    agent = CorrectedAgent(Forgetful(), *halved(), **ABOUT)
+    found, _ = agent.predict(np.zeros((2, 3)), state=None, episode_start=np.ones(2, bool), deterministic=True)
+    assert found == pytest.approx(0.4)
+
+
 def test_anything_that_predicts_can_be_corrected():
     agent = CorrectedAgent(Halves(), *halved(), **ABOUT)
     assert agent.predict(np.zeros(3))[0] == pytest.approx(0.2)

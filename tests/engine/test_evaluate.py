@@ -161,6 +161,11 @@ def test_the_worst_share_of_ten_episodes_by_hand():
     assert found.conditional_value_at_risk(1.0) == pytest.approx(found.mean)
 
 
+def test_the_share_is_not_rounded_up_by_floating_point():
+    found = results(*np.arange(1.0, 101.0))
+    assert [found.value_at_risk(p) for p in (0.07, 0.14, 0.28, 0.55, 0.075)] == [7.0, 14.0, 28.0, 55.0, 8.0]
+
+
 def test_a_share_of_less_than_one_episode_is_the_worst_episode():
     found = results(3.0, -7.0, 2.0)
     assert found.value_at_risk(0.1) == -7.0

@@ -51,6 +51,19 @@ def test_channels_have_mean_zero_and_deviation_one_and_constant_ones_stay_zero()
     torch.testing.assert_close(x.std(0, correction=0), torch.tensor([1.0] * 6 + [0.0]), atol=1e-5, rtol=0)
 
 
+def test_a_channel_that_never_changes_is_given_back_exactly():
+    s = steps(batch=50)
+    s = s._replace(obs=s.obs.clone().index_fill_(-1, torch.tensor([1]), 0.1))
+    codec = TrajectoryCodec(3, 2, 4)
+    raw = codec.raw(s).transpose(1, 2).flatten(0, 1)
+    codec.fit(raw.mean(0), raw.std(0, correction=0).index_fill_(0, torch.tensor([1]), 0.0))
+    x = torch.randn(20, 7, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    obs, _, _ = codec.split(x)
+    assert obs[..., 1].unique().tolist() == pytest.approx([0.1])
+    obs.sum().backward()
+    assert x.grad[:, 1].abs().max() == 0 and (x.grad[:, 0] != 0).all()
+
+
 def test_actions_at_their_bounds_are_finite():
     s = steps()
     s = s._replace(action=torch.sign(s.action))
