@@ -154,7 +154,9 @@ class PolicyAgent(Agent):
         return (changed if batched else changed[0]), after
 
     def session(self, noise: torch.Generator | None = None) -> Callable[[Any, np.ndarray], np.ndarray]:
-        """As in Agent; a policy that is not of this library is asked without a memory."""
+        """As in Agent; a policy that is not of this library is asked without a memory, and draws noise of its own."""
+        if isinstance(self.base, OnnxPolicy) and noise is not None:
+            self.base.seed(noise.initial_seed())
         if isinstance(self.base, Agent):
             act = self.base.session(noise)
         else:
@@ -321,6 +323,10 @@ class OnnxPolicy:
             )
         self._obs = next(iter(inputs.values()))
         self._action = "action" if "action" in outputs else outputs[0]
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Draw noise by this seed from now on."""
         self._random = np.random.default_rng(seed)
 
     def predict(self, observation: np.ndarray, deterministic: bool = True) -> tuple[np.ndarray, None]:

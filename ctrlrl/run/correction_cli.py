@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def main(words: list[str]) -> int:
 def _run(options: EvalCorrected, plot: Path | None) -> int:
     from rich.console import Console
 
-    from ctrlrl.engine.runfolder import write_json
+    from ctrlrl.engine.runfolder import versions, write_json
 
     title, rows, normalized = _evaluate(options)
     kind = "stochastic" if options.stochastic else "deterministic"
@@ -111,7 +112,9 @@ def _run(options: EvalCorrected, plot: Path | None) -> int:
             {"policy": row.name, "eta_action": row.eta_action, "eta_state": row.eta_state, **row.result._asdict()}
             for row in rows
         ]
-        write_json(options.out, {"run": options.run, "correct": options.correct, "rows": document})
+        asked = dataclasses.asdict(options)
+        found = {"run": options.run, "correct": options.correct, "options": asked, "rows": document}
+        write_json(options.out, found | {"versions": versions()})
         print(f"Returns: {options.out}")
     if plot is not None:
         plot.write_bytes(picture(rows, options.risk, title))
@@ -129,17 +132,8 @@ def _evaluate(options: EvalCorrected) -> tuple[str, list[Row], Any]:
     if not isinstance(cdsa, CDSAAgent):
         raise ValueError(f"--correct {options.correct} is a run of {cdsa.method}, expected one of cdsa")
     policy: Any = options.run if options.run.suffix == ".onnx" else api.load(options.run, options.checkpoint)
-    shared = (
-        "sigma_start",
-        "sigma_end",
-        "steps",
-        "sigma_state",
-        "score_on",
-        "state_grad_at",
-        "combine",
-        "skip_in_data",
-    )
-    settings = {name: getattr(options, name) for name in shared}
+    names = {f.name for f in dataclasses.fields(EvalCorrected)} - {"eta_action", "eta_state"}
+    settings = {f.name: getattr(options, f.name) for f in dataclasses.fields(CorrectionConfig) if f.name in names}
     about: dict[str, Any] = {
         "observation_space": cdsa.observation_space, "action_space": cdsa.action_space, "env_spec": cdsa.env_spec,
         "seed": cdsa.seed, "info": cdsa.info,
@@ -155,7 +149,10 @@ def _evaluate(options: EvalCorrected) -> tuple[str, list[Row], Any]:
         ]
     plain = PolicyAgent(policy, **about)
     seed = plain.seed if options.seed is None else options.seed
-    changed += [(path.name, None, None, api.load(path)) for path in options.controls]
+    for path in options.controls:
+        control = PolicyAgent(api.load(path), **about)
+        control.env_spec = plain.env_spec  # one table, one environment
+        changed.append((path.name, None, None, control))
     rows = [
         Row(name, x, y, agent.evaluate(options.episodes, not options.stochastic, seed=seed))
         for name, x, y, agent in [("uncorrected", None, None, plain), *changed]
