@@ -153,11 +153,11 @@ class BoxActor(nn.Module):
 
     def act(self, obs: Obs, noise: Tensor) -> Tensor:
         """The actions [N, A] in [-1, 1] with which this policy explores, selected by ``noise`` [N, A]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not choose actions, it only maps them")
 
     def mode(self, obs: Obs) -> Tensor:
         """The deterministic actions [N, A] in [-1, 1]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not choose actions, it only maps them")
 
     def deterministic(self, obs: Obs) -> Tensor:
         """Raw observations [N, ...] to the environment's actions [N, ...]: the policy one would deploy."""

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ctrlrl.engine.corrected import CorrectedAgent, CorrectionConfig
-from ctrlrl.engine.evaluate import Evaluation
-from ctrlrl.engine.offline import OfflineAgent
+from ctrlrl.engine.data_model import DataModel
 from ctrlrl.engine.offline_config import OfflineConfig
 from ctrlrl.engine.offline_rows import SLICE
 from ctrlrl.nets.normalizer import RunningMoments
-from ctrlrl.nets.score import NO_POLICY, CorrectionModel
+from ctrlrl.nets.score import CorrectionModel
 from ctrlrl.offline.cdsa import CDSA
 
 ROWS = 4096
 """Steps of the data, evenly spaced, by which the typical size of scores is measured."""
 
 
-class CDSAAgent(OfflineAgent):
+class CDSAAgent(DataModel):
     """An agent trained by CDSA (see :class:`ctrlrl.offline.cdsa.CDSA`). It is no policy, but corrects others::
 
     corrected = cdsa.correct(ctrlrl.load("runs/td3_bc"), eta_action=0.5)
@@ -30,6 +27,7 @@ class CDSAAgent(OfflineAgent):
     """
 
     loop = OfflineConfig
+    instead = "agent.correct(policy) corrects one by it"
     algorithm: CDSA  # type: ignore[assignment]
     policy: CorrectionModel  # type: ignore[assignment]
 
@@ -87,30 +85,3 @@ class CDSAAgent(OfflineAgent):
             observation_space=self.observation_space, action_space=self.action_space, env_spec=self.env_spec,
             seed=self.seed if seed is None else seed, info=self.info,
         )  # fmt: skip
-
-    # -- what it is not -----------------------------------------------------------------------
-
-    @property
-    def can_evaluate(self) -> bool:
-        """False: there is no policy to evaluate."""
-        return False
-
-    def predict(
-        self,
-        observation: Any,
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Raises ValueError: there is no policy (see :meth:`correct`)."""
-        raise ValueError(NO_POLICY)
-
-    def session(self, noise: torch.Generator | None = None) -> Callable[[Any, np.ndarray], np.ndarray]:
-        """Raises ValueError: there is no policy (see :meth:`correct`)."""
-        raise ValueError(NO_POLICY)
-
-    def evaluate(
-        self, episodes: int = 100, deterministic: bool = True, n_envs: int | None = None, seed: int | None = None
-    ) -> Evaluation:
-        """Raises ValueError: there is no policy (see :meth:`correct`)."""
-        raise ValueError(NO_POLICY)

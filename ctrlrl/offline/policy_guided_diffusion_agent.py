@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -18,9 +18,9 @@ from ctrlrl.data.transitions import TransitionReplay, Transitions
 from ctrlrl.data.windows import windows
 from ctrlrl.engine import environments
 from ctrlrl.engine.agent import Agent
+from ctrlrl.engine.data_model import DataModel
 from ctrlrl.engine.errors import UnknownEnvironment
 from ctrlrl.engine.guidance import Guidance, GuidanceConfig, log_prob_of
-from ctrlrl.engine.offline import OfflineAgent
 from ctrlrl.engine.offline_rows import SLICE
 from ctrlrl.engine.prior import same_bounds
 from ctrlrl.engine.seeding import derive, generator
@@ -78,7 +78,7 @@ class WindowReplay(TransitionReplay):
         return super().sample((index.unsqueeze(-1) + steps).flatten())
 
 
-class PolicyGuidedDiffusionAgent(OfflineAgent):
+class PolicyGuidedDiffusionAgent(DataModel):
     """A diffusion model of the data (see :class:`ctrlrl.offline.policy_guided_diffusion.PolicyGuidedDiffusion`).
 
     It trains, resumes and is saved as every agent, and instead of acting it generates: :meth:`generate` draws
@@ -87,6 +87,7 @@ class PolicyGuidedDiffusionAgent(OfflineAgent):
     """
 
     loop = PolicyGuidedDiffusionConfig
+    instead = "agent.generate draws trajectories from it, for other methods to learn from"
     config: PolicyGuidedDiffusionConfig
     algorithm: PolicyGuidedDiffusion  # type: ignore[assignment]
     policy: TrajectoryModel  # type: ignore[assignment]
@@ -283,32 +284,3 @@ class PolicyGuidedDiffusionAgent(OfflineAgent):
                 f"the policy acts on {theirs} by {policy.action_space}, the trajectories are of {mine} and "
                 f"{self.action_space}: the same action would mean another one. Train both for one environment"
             )
-
-    # -- what a model of data cannot do -------------------------------------------------------
-
-    @property
-    def can_evaluate(self) -> bool:
-        """False: there is no policy to evaluate."""
-        return False
-
-    def _no_policy(self, verb: str) -> NoReturn:
-        raise ValueError(
-            f"{self.method} is a model of data and no policy: it cannot {verb}. agent.generate draws trajectories from "
-            "it, for other methods to learn from"
-        )
-
-    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ValueError: there is no policy."""
-        self._no_policy("act")
-
-    def session(self, noise: torch.Generator | None = None) -> Callable[[Any, np.ndarray], np.ndarray]:
-        """Raises ValueError: there is no policy."""
-        self._no_policy("act")
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ValueError: there is no policy."""
-        self._no_policy("be evaluated")
-
-    def export(self, path: str | os.PathLike[str], deterministic: bool = True) -> Path:
-        """Raises ValueError: there is no policy."""
-        self._no_policy("be exported")
