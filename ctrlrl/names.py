@@ -90,8 +90,10 @@ class Registry(Generic[B]):
             cls = load(path, self.what)
         except ValueError as error:
             raise KeyError(str(error)) from error
-        if not (isinstance(cls, type) and issubclass(cls, self.base) and dataclasses.is_dataclass(cls)):
-            raise KeyError(f"{path!r} is not a dataclass deriving from {self.base.__module__}.{self.base.__qualname__}")
+        settings = dataclasses.is_dataclass(self.base)  # then so must theirs be
+        if not (isinstance(cls, type) and issubclass(cls, self.base) and dataclasses.is_dataclass(cls) >= settings):
+            wanted = "dataclass" if settings else "class"
+            raise KeyError(f"{path!r} is not a {wanted} deriving from {self.base.__module__}.{self.base.__qualname__}")
         if "name" not in cls.__dict__:
             cls.name = path  # type: ignore[attr-defined]
         return cls

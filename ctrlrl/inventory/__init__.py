@@ -1,0 +1,1 @@
+"""Hindsight differentiable policy optimisation for inventory networks, its policies, and exact oracles."""

@@ -1,0 +1,1 @@
+"""Policies on inventory networks, a file each."""

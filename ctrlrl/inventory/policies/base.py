@@ -1,0 +1,90 @@
+"""Policies on inventory networks: modules from what is seen to what is sent along each link."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ctrlrl.inventory.problem import Network, View
+from ctrlrl.names import Registry
+from ctrlrl.types import check_types
+
+
+class PolicyError(ValueError):
+    """A policy cannot act on this network, or not with these settings."""
+
+
+@dataclass(frozen=True)
+class Demanded:
+    """What a policy is told about demand before it is built: no more than a planner has."""
+
+    mean: Tensor
+    """[S] by store."""
+    std: Tensor
+    """[S] by store."""
+    window: int = 0
+    """Past periods in a view."""
+    features: int = 0
+    """Features of the period in a view."""
+
+
+@dataclass(frozen=True)
+class InventoryPolicyConfig:
+    """Settings of the policies; each takes those it has."""
+
+    hidden: tuple[int, ...] = (32, 32, 32)
+    """Widths of the hidden layers of vanilla and data_driven networks."""
+    graph_width: int = 32
+    """Width of every layer of the graph network and of the symmetry-aware one."""
+    graph_rounds: int | None = None
+    """Rounds of passing messages; None: as many as links follow one another before a store, less one (at least 1)."""
+    order_bound: float = 4.0
+    """Largest order of a warehouse that a vanilla network can place, in mean demands of all stores."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.order_bound > 0.0:
+            raise ValueError(f"order_bound={self.order_bound} must be above 0")
+
+
+class InventoryPolicy(nn.Module, ABC):
+    """Deterministic and differentiable almost everywhere; what it sends is always there to be sent.
+
+    Args:
+        network: Places and links.
+        demand: What is known of the demand.
+        config: Its settings.
+
+    Raises:
+        PolicyError: It has no meaning on this network.
+    """
+
+    name: ClassVar[str] = ""
+    clairvoyant: ClassVar[bool] = False
+    """Whether views show the future: an oracle, not a policy to use."""
+    trainable: ClassVar[bool] = True
+    """Whether HDPO has something to train."""
+    learning_rate: ClassVar[float] = 1e-3
+    """Adam's, by default."""
+    scale_free: ClassVar[bool] = False
+    """Whether the same weights run on networks with other numbers of places."""
+
+    def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
+        super().__init__()
+        self.network, self.demand, self.config = network, demand, config
+
+    @abstractmethod
+    def forward(self, view: View) -> Tensor:
+        """[B, E] to send along each link: not negative, no more than there is."""
+
+
+_REGISTRY = Registry("inventory policy", InventoryPolicy, "ctrlrl.inventory.policies", skip=frozenset(["base"]))
+register, names, get = _REGISTRY.enter, _REGISTRY.names, _REGISTRY.get
+
+
+def build(name: str, network: Network, demand: Demanded, config: InventoryPolicyConfig, **more: Any) -> InventoryPolicy:
+    """The policy of that name, its weights drawn from torch's generator."""
+    return get(name)(network, demand, config, **more)

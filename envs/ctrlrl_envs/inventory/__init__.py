@@ -1,0 +1,1 @@
+"""Inventory networks: stores with random demand, the warehouses and suppliers behind them."""
