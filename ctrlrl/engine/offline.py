@@ -190,6 +190,7 @@ class OfflineAgent(TransitionAgent):
     def _open(self) -> None:
         self._memory()
         self._augment()
+        self._warn_of_no_guidance()
         if self.learner.updates == 0:
             self._fit_scaling()
 
@@ -276,6 +277,15 @@ class OfflineAgent(TransitionAgent):
             own = type(self.algorithm).columns is not OfflineAlgorithm.columns
             stored = self._stored if own else None
             self.generated.begin(source, self._generated_share(), self._generated_every(), stored)
+
+    def _warn_of_no_guidance(self) -> None:
+        source, every = self.generated.source, self.generated.every
+        guided = isinstance(source, PolicyGuidedDataset) and source.guidance.kappa > 0.0
+        if guided and self.span[1] <= every:
+            logger.warning(
+                "No row will be guided: the first set never is, and the next is due after %s updates, where this "
+                "training has ended. Lower augment_every, or train for longer.", f"{every:,}",
+            )  # fmt: skip
 
     # -- updates ------------------------------------------------------------------------------
 

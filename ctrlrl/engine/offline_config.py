@@ -55,7 +55,8 @@ class AugmentedConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.augmentation.augment is None and (self.guiding, self.sampling) != (GuidanceConfig(), SamplerConfig()):
+        groups, unset = (self.augmentation, self.guiding, self.sampling), (AugmentConfig, GuidanceConfig, SamplerConfig)
+        if self.augmentation.augment is None and groups != tuple(group() for group in unset):
             raise ConfigError(
-                "settings of guidance and sampler are for generated rows: name their model (--augment RUN)"
+                "settings of augment_*, guidance and sampler are for generated rows: name their model (--augment RUN)"
             )

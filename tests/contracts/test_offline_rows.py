@@ -251,7 +251,7 @@ def test_trains_on_the_gpu(name):
 def test_compiled_updates_equal_eager_ones(name):
     agents = []
     for compiled in (False, True):
-        # a gradient that is 0 but for rounding is a whole step of Adam's, of either sign, at its usual epsilon
+        # at its usual epsilon a gradient that is 0 but for rounding is a whole step of Adam's, of either sign
         settings = tiny(name, compile=compiled, updates_per_graph=2, learning_rate=1e-3, adam_eps=1e-3)
         agents.append(quiet(api.make(name, dataset=recorded(), **settings), 6))
     for key, value in agents[0].learner.tensors().items():

@@ -40,7 +40,7 @@ class Known:
 
 def augmented(name="td3_bc", source=Known, data=None, **settings):
     """An agent whose rows are made by ``source``, three quarters of each batch of eight."""
-    agent = api.make(name, dataset=data or recorded(), **tiny(name, augment_share=0.75) | settings)
+    agent = api.make(name, dataset=data or recorded(), **tiny(name, augment="fed below", augment_share=0.75) | settings)
     return fed(agent, source)
 
 
@@ -198,7 +198,7 @@ def test_without_generated_rows_batches_are_the_draws_they_always_were():
 def test_a_share_of_no_row_is_a_run_without_and_does_not_look_for_the_model(tmp_path):
     plain = api.make("td3_bc", dataset=recorded(), **tiny("td3_bc"))
     settings = tiny("td3_bc", augment=str(tmp_path / "nowhere"), kappa=1.0)
-    agents = [api.make("td3_bc", dataset=recorded(), augment_share=share, **settings) for share in (0.0, 0.06)]
+    agents = [api.make("td3_bc", dataset=recorded(), **settings, augment_share=share) for share in (0.0, 0.06)]
     for agent in (plain, *agents):
         quiet(agent, 6)
     for agent in agents:

@@ -157,6 +157,6 @@ def test_wrong_settings_are_refused():
     for wrong in ({"augment_share": 1.1}, {"augment_every": 0}, {"augment_trajectories": 0}, {"augment_share": -0.1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             api.make("td3_bc", dataset=recorded(), **tiny("td3_bc") | wrong)
-    for alone in ({"kappa": 1.0}, {"sampler_steps": 8}):
+    for alone in ({"kappa": 1.0}, {"sampler_steps": 8}, {"augment_every": 5}):
         with pytest.raises(ConfigError, match="--augment"):
             api.make("td3_bc", dataset=recorded(), **tiny("td3_bc") | alone)

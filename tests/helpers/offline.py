@@ -33,7 +33,7 @@ OWN: dict[str, dict] = {
         "model_patience": 4, "rollouts": 12, "rollout_length": 2, "rollouts_every": 6,
     },
     "policy_guided_diffusion": {
-        "window_length": 3, "window_stride": 1, "denoiser_channels": (8,), "denoiser_width": 16, "denoiser_blocks": 1,
+        "window_length": 3, "window_stride": 1, "denoiser_channels": (32,), "denoiser_width": 16, "denoiser_blocks": 1,
     },
     "sac_n": {"n_critics": 3},
 }  # fmt: skip

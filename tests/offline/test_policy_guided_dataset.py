@@ -64,6 +64,14 @@ def test_a_learner_is_trained_on_what_a_diffusion_model_generates_and_resumed_ex
     assert not torch.equal(other.generated.replay.columns["action"], whole.generated.replay.columns["action"])
 
 
+def test_a_training_that_ends_before_any_row_is_guided_says_so(data, diffusion, caplog):
+    settings = tiny("td3_bc") | {"augment": diffusion, "augment_trajectories": 8, "kappa": 1.0, "sampler_steps": 2}
+    for every, warned in ((6, True), (5, False)):
+        caplog.clear()
+        quiet(api.make("td3_bc", dataset=data, **settings, augment_every=every), 6)
+        assert ("No row will be guided" in caplog.text) is warned
+
+
 def test_the_guidance_of_a_diffusion_model_raises_the_policys_density(data, diffusion):
     settings = tiny("td3_bc") | {"augment": diffusion, "augment_every": 1, "augment_trajectories": 64, "tau": 0.0}
     settings |= {"learning_rate": 1e-12, "sampler_steps": 8, "kernel_std": 0.3, "kappa": 3.0}
