@@ -64,3 +64,18 @@ for _name, _maker, _limit in (
     if f"ctrlrl/{_name}-v0" not in gym.registry:
         _entry = f"{__name__}.risky.penalty:{_maker}"
         gym.register(f"ctrlrl/{_name}-v0", entry_point=_entry, max_episode_steps=_limit)
+
+for _name, _problem in (
+    ("OneStoreBacklogged", "one_store_backlogged"), ("OneStoreLost", "one_store_lost"),
+    ("IndependentStores", "independent_stores"), ("Serial", "serial"), ("Transshipment", "transshipment"),
+    ("OneWarehouse", "one_warehouse"), ("ManyWarehouses", "many_warehouses"), ("RealStores", "real_stores"),
+    ("RealOneStore", "real_one_store"), ("Inventory", "network"),
+):  # fmt: skip
+    if f"ctrlrl/{_name}-v0" not in gym.registry:
+        _path = f"{__name__}.inventory"
+        gym.register(
+            f"ctrlrl/{_name}-v0",
+            entry_point=f"{_path}.env:Inventory",
+            vector_entry_point=f"{_path}.vector:InventoryVector",
+            kwargs={"problem": _problem},
+        )

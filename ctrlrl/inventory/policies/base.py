@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ctrlrl.inventory.problem import Network, View
@@ -41,13 +42,28 @@ class InventoryPolicyConfig:
     """Width of every layer of the graph network and of the symmetry-aware one."""
     graph_rounds: int | None = None
     """Rounds of passing messages; None: as many as links follow one another before a store, less one (at least 1)."""
+    graph_bias: float | None = None
+    """Of the last layer of the graph network: about what it sends along each link before it has learned. None: 5, or 1
+    where it sees past demand."""
+    graph_slots: int | None = None
+    """Slots of a place's inventory that the graph network reads; None: those of its network. More let the same weights
+    run on networks with longer lead times."""
     order_bound: float = 4.0
-    """Largest order of a warehouse that a vanilla network can place, in mean demands of all stores."""
+    """Largest order of a warehouse of vanilla and symmetry-aware networks, in mean demands of all stores."""
+    context_width: int = 256
+    """Width of what the symmetry-aware network tells each place about all the others."""
+    oracle_route: Literal["fastest", "cheapest"] = "fastest"
+    """Which link the just-in-time oracle uses to a place that has several: of the shortest lead time, or the lowest
+    cost all the way from the supplier; the other decides between equals."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.graph_rounds is not None and self.graph_rounds < 1:
+            raise ValueError(f"graph_rounds={self.graph_rounds} must be 1 or more, or None")
         if not self.order_bound > 0.0:
             raise ValueError(f"order_bound={self.order_bound} must be above 0")
+        if self.context_width < 1:
+            raise ValueError(f"context_width={self.context_width} must be 1 or more")
 
 
 class InventoryPolicy(nn.Module, ABC):
@@ -65,6 +81,8 @@ class InventoryPolicy(nn.Module, ABC):
     name: ClassVar[str] = ""
     clairvoyant: ClassVar[bool] = False
     """Whether views show the future: an oracle, not a policy to use."""
+    admissible: ClassVar[bool] = True
+    """Whether what it sends is never negative; otherwise it is for comparison alone."""
     trainable: ClassVar[bool] = True
     """Whether HDPO has something to train."""
     learning_rate: ClassVar[float] = 1e-3
@@ -79,6 +97,12 @@ class InventoryPolicy(nn.Module, ABC):
     @abstractmethod
     def forward(self, view: View) -> Tensor:
         """[B, E] to send along each link: not negative, no more than there is."""
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """Where softplus is ``value``; values below 1e-3, which no parameter could leave again, are taken for it."""
+    value = value.clamp_min(1e-3)
+    return value + torch.log(-torch.expm1(-value))
 
 
 _REGISTRY = Registry("inventory policy", InventoryPolicy, "ctrlrl.inventory.policies", skip=frozenset(["base"]))

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ctrlrl.inventory.policies.base import Demanded, InventoryPolicy, InventoryPolicyConfig, PolicyError, register
+from ctrlrl.inventory.policies.base import (
+    Demanded,
+    InventoryPolicy,
+    InventoryPolicyConfig,
+    PolicyError,
+    inverse_softplus,
+    register,
+)
 from ctrlrl.inventory.problem import Network, View
 
 
@@ -30,7 +37,7 @@ class BaseStock(InventoryPolicy):
                 "base_stock is for stores that the supplier serves, one link each; echelon_stock is for chains"
             )
         start = demand.mean * (torch.tensor(network.lead_times) + 1.0)
-        self.theta = nn.Parameter(start + torch.log(-torch.expm1(-start)))
+        self.theta = nn.Parameter(inverse_softplus(start))
 
     @property
     def levels(self) -> Tensor:

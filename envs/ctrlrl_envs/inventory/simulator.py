@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,12 @@ class InventorySimulator:
       profit: ``-unmet_cost * min(on hand, demand) + holding_cost * max(y, 0)``. Lost demand then leaves max(y, 0).
     - Warehouses: ``holding_cost * max(on hand - sent, 0)``. Links: ``cost * sent``.
 
-    Maxima have their derivatives almost everywhere; nothing is smoothed.
+    Maxima have their derivatives almost everywhere; nothing is smoothed. Where a place has exactly 0 left, those of
+    both maxima are 0, as of ``torch.relu``.
+
+    The inventory that a step returns is [B, N, L] by shape, but ``B`` is the innermost dimension in memory, so that
+    steps work on long rows. A step has a backward pass written by hand; inside of torch.compile it has none, so that
+    policies and steps are derived and fused as one.
 
     Source: Alvo, Russo, Kanoria, Lee, "Neural inventory control in networks via hindsight differentiable policy
     optimization" (arXiv:2306.11246), and its released code.
@@ -91,15 +97,26 @@ class InventorySimulator:
         self.holding_cost = torch.tensor([[p.holding_cost for p in network.places]], **options)  # [1, N]
         self.unmet_cost = torch.tensor([[s.unmet_cost for s in network.stores]], **options)  # [1, S]
         self.link_cost = torch.tensor([x.cost for x in network.links], **options)  # [E]
-        links, n = len(network.links), self.places
-        self._sent = torch.zeros(links, n, **options)  # [E, N]: 1 where the link leaves from the place
-        self._joins = torch.zeros(links, n * self.slots, **options)  # [E, N * L]: 1 at the slot that an order joins
-        for i, (source, target, time) in enumerate(
-            zip(network.sources, network.targets, network.lead_times, strict=True)
-        ):
-            if source >= 0:
-                self._sent[i, source] = 1.0
-            self._joins[i, target * self.slots + time - 1] = 1.0
+        self._charged = any(x.cost for x in network.links)
+        self._index()
+
+    def _index(self) -> None:
+        """Which links leave and join where: rows of [E + 1, B], of which the last is 0 and fills the gaps."""
+        network, none = self.network, len(self.network.links)
+        whole = {"device": self.device, "dtype": torch.long}
+        leaving = [network.leaving(place) for place in range(self.stores, self.places)]
+        joining: list[list[int]] = [[] for _ in range(self.slots * self.places)]
+        slots = [(t - 1) * self.places + p for t, p in zip(network.lead_times, network.targets, strict=True)]
+        for link, slot in enumerate(slots):
+            joining[slot].append(link)
+        self._leaving = torch.tensor(_padded(leaving, none), **whole)  # [W, K]
+        self._joining = torch.tensor(_padded(joining, none), **whole).T.contiguous()  # [J, L * N]
+        self._slot = torch.tensor(slots, **whole)  # [E]: where in [L * N] it joins
+        # [E]: warehouse that it leaves from; the supplier is one more
+        warehouses = len(network.warehouses)
+        self._source = torch.tensor([x - self.stores if x >= 0 else warehouses for x in network.sources], **whole)
+        self._counts = torch.tensor([[len(x)] for x in leaving], device=self.device, dtype=self.dtype)  # [W, 1]
+        self._holds = torch.tensor([[w.holds] for w in network.warehouses], device=self.device, dtype=torch.bool)
 
     # -- episodes -----------------------------------------------------------------------------
 
@@ -125,7 +142,9 @@ class InventorySimulator:
         count = len(drawn.demand)
         if inventory is None:
             inventory = self._initial(count, generator)
-        return State(inventory.to(self.device, self.dtype), 0, drawn)
+        # as steps lay it out, so that compiled code meets one layout
+        rows = inventory.to(self.device, self.dtype).permute(2, 1, 0).contiguous()
+        return State(rows.permute(2, 1, 0), 0, drawn)
 
     def _initial(self, count: int, generator: torch.Generator | None) -> Tensor:
         problem, network = self.problem, self.network
@@ -148,24 +167,44 @@ class InventorySimulator:
         Returns:
             The next state, and the cost [B], summed over places and links.
         """
-        x, stores, drawn = state.inventory, self.stores, state.drawn
-        demand = drawn.demand[:, state.period]
-        on_hand = x[:, :, 0]
-        short = on_hand - action @ self._sent
-        sold = short[:, :stores] - demand
-        left = torch.cat([sold, short[:, stores:]], 1)
-        unmet_cost = self.unmet_cost if drawn.unmet_cost is None else drawn.unmet_cost
-        cost = (self.holding_cost * left.relu()).sum(1) + action @ self.link_cost
+        drawn = state.drawn
+        given = (
+            state.inventory,
+            action,
+            drawn.demand[:, state.period],
+            self.unmet_cost if drawn.unmet_cost is None else drawn.unmet_cost,
+        )
+        by_hand = not (torch.compiler.is_compiling() or given[2].requires_grad or given[3].requires_grad)
+        inventory, cost = _Period.apply(self, *given) if by_hand else self._period(*given)[:2]
+        return State(inventory, state.period + 1, drawn), cost
+
+    def _period(self, inventory: Tensor, action: Tensor, demand: Tensor, unmet_cost: Tensor) -> tuple[Tensor, ...]:
+        """Inventory and cost after one period, and [N, B] what is left of the stock on hand before demand is lost."""
+        stock, demand, stores = inventory.permute(2, 1, 0), demand.t(), self.stores
+        sent = torch.cat([action.t(), action.new_zeros(1, len(action))])
+        left = [stock[0, :stores] - demand]
+        if len(self._leaving):
+            left.append(stock[0, stores:] - self._leave(sent))
+        left = torch.cat(left)
+        kept, unmet = left.relu(), (-left[:stores]).relu()
         if self.network.objective == "profit":
-            cost = cost - (unmet_cost * torch.minimum(on_hand[:, :stores], demand)).sum(1)
-        else:
-            cost = cost + (unmet_cost * (-sold).relu()).sum(1)
-        if self.network.unmet_demand == "lost":
-            left = left.relu()
-        arriving = action @ self._joins
-        moved = torch.cat([x[:, :, 1:], x.new_zeros(len(x), self.places, 1)], 2)
-        moved = torch.cat([(left + moved[:, :, 0]).unsqueeze(2), moved[:, :, 1:]], 2)
-        return State(moved + arriving.unflatten(1, (self.places, self.slots)), state.period + 1, drawn), cost
+            unmet = unmet - demand  # min(on hand, demand), less than nothing
+        cost = (kept * self.holding_cost.t()).sum(0) + (unmet * unmet_cost.t()).sum(0)
+        if self._charged:
+            cost = cost + (sent[:-1] * self.link_cost[:, None]).sum(0)
+        following = torch.cat([stock[1:], torch.zeros_like(stock[:1])])
+        for links in self._joining:
+            following = following + sent.index_select(0, links).view_as(following)
+        following[0] += kept if self.network.unmet_demand == "lost" else left
+        return following.permute(2, 1, 0), cost, left
+
+    def _leave(self, sent: Tensor) -> Tensor:
+        """[W, B] that leaves each warehouse, of [E + 1, B]."""
+        return sent.index_select(0, self._leaving.flatten()).unflatten(0, self._leaving.shape).sum(1)
+
+    def _by_link(self, values: Tensor, supplier: float) -> Tensor:
+        """[E, B] of the place that each link leaves from, of [W, B]."""
+        return torch.cat([values, values.new_full((1, values.shape[1]), supplier)]).index_select(0, self._source)
 
     # -- what is seen -------------------------------------------------------------------------
 
@@ -174,7 +213,9 @@ class InventorySimulator:
         drawn, t, window = state.drawn, state.period, self.problem.demand.window
         past = None
         if drawn.past is not None:
-            past = torch.cat([drawn.past, drawn.demand[:, :t]], 1)[:, -window:]
+            past = drawn.demand[:, max(t - window, 0) : t]
+            if t < window:
+                past = torch.cat([drawn.past[:, drawn.past.shape[1] + t - window :], past], 1)
         return View(
             state.inventory,
             self.holding_cost,
@@ -190,16 +231,112 @@ class InventorySimulator:
         Where more is asked of a warehouse than it has, every link gets the same share of its wish; a warehouse that
         cannot hold sends all it has in these proportions (in equal parts where nothing is asked).
         """
-        action = action.clamp_min(0.0)
-        on_hand = inventory[:, :, 0].clamp_min(0.0)
-        result = action
-        for place, warehouse in enumerate(self.network.warehouses, self.stores):
-            links = self.network.leaving(place)
-            wish, there = action[:, links], on_hand[:, place : place + 1]
-            asked = wish.sum(1, keepdim=True)
-            share = there / asked.clamp_min(torch.finfo(wish.dtype).tiny)
-            sent = wish * share.clamp_max(1.0)
-            if not warehouse.holds:
-                sent = torch.where(asked > 0.0, wish * share, there / len(links))
-            result = result.index_copy(1, torch.tensor(links, device=action.device), sent)
-        return result
+        wish = action.clamp_min(0.0)
+        if not len(self._leaving):
+            return wish
+        rows = torch.cat([wish.t(), wish.new_zeros(1, len(wish))])
+        there, asked = inventory[:, self.stores :, 0].clamp_min(0.0).t(), self._leave(rows)
+        # the root: 1 / asked has a square in its derivative
+        nothing = torch.finfo(wish.dtype).tiny ** 0.5
+        cut = torch.where(self._holds, asked > there, asked > nothing)
+        sent = rows[:-1] * self._by_link(torch.where(cut, there / torch.where(cut, asked, 1.0), 1.0), 1.0)
+        if not all(w.holds for w in self.network.warehouses):
+            sent = torch.where(self._by_link(self._holds | cut, True), sent, self._by_link(there / self._counts, 0.0))
+        return sent.t()
+
+    def observe(self, view: View) -> Tensor:
+        """[B, D] float32: the observation of environments.
+
+        In this order: of each place (stores first) the slots that orders can fill, from on hand on; where policies see
+        past demand, that of each period, the oldest first, at all stores; where scenarios have costs of unmet demand
+        of their own, those of the stores; features of the period.
+        """
+        batch, demand = len(view.inventory), self.problem.demand
+        parts = [view.inventory.flatten(1)[:, self._filled]]
+        if demand.window:
+            parts.append(_given(view.past, "past demand").flatten(1))
+        if self._priced:
+            parts.append(view.unmet_cost.expand(batch, -1))
+        if demand.features:
+            parts.append(_given(view.time, "features").expand(batch, -1))
+        return torch.cat(parts, 1).float()
+
+    def seen(self, obs: Tensor) -> View:
+        """The view that :meth:`observe` turned into ``obs`` [B, D]; the future is in none."""
+        demand, stores = self.problem.demand, self.stores
+        sizes = [len(self._filled), demand.window * stores, stores * self._priced, demand.features]
+        if obs.ndim != 2 or obs.shape[1] != sum(sizes):
+            raise ValueError(f"observations have shape {tuple(obs.shape)}; expected (batch, {sum(sizes)})")
+        filled, past, unmet_cost, time = obs.to(self.dtype).split(sizes, 1)
+        flat = filled.new_zeros(len(obs), self.places * self.slots).index_copy(1, self._filled, filled)
+        return View(
+            flat.unflatten(1, (self.places, self.slots)),
+            self.holding_cost,
+            unmet_cost if self._priced else self.unmet_cost,
+            past.unflatten(1, (demand.window, stores)) if demand.window else None,
+            time if demand.features else None,
+        )
+
+    @cached_property
+    def _filled(self) -> Tensor:
+        """[K] slots of the flattened inventory that orders can fill."""
+        slots = [place * self.slots + k for place, length in enumerate(self.network.pipelines) for k in range(length)]
+        return torch.tensor(slots, device=self.device)
+
+    @property
+    def _priced(self) -> bool:
+        """Whether scenarios have costs of unmet demand of their own."""
+        return getattr(self.problem.demand, "unmet", None) is not None
+
+    def to(self, device: torch.device | str) -> InventorySimulator:
+        """The same problem, computed on ``device``."""
+        return InventorySimulator(self.problem, device, self.dtype)
+
+
+def _given(part: Tensor | None, what: str) -> Tensor:
+    if part is None:
+        raise ValueError(f"the view has no {what}, which observations of this problem hold")
+    return part
+
+
+def _padded(lists: list[list[int]], value: int) -> list[list[int]]:
+    most = max(map(len, lists), default=0)
+    return [x + [value] * (most - len(x)) for x in lists]
+
+
+class _Period(torch.autograd.Function):
+    """A period with its derivatives by hand: half the kernels, and one row of each place to remember."""
+
+    @staticmethod
+    def forward(ctx: Any, simulator: InventorySimulator, *given: Tensor) -> tuple[Tensor, Tensor]:
+        inventory, cost, left = simulator._period(*given)
+        ctx.simulator, ctx.slots = simulator, inventory.shape[2]
+        ctx.save_for_backward(left, given[3])
+        ctx.set_materialize_grads(False)
+        return inventory, cost
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        left, unmet_cost = ctx.saved_tensors
+        simulator, stores = ctx.simulator, unmet_cost.shape[1]
+        after, paid = grads  # of the inventory that follows and of the cost
+        paid = left.new_zeros(left.shape[1]) if paid is None else paid
+        rows = left.new_zeros(ctx.slots, *left.shape) if after is None else after.permute(2, 1, 0)
+        # threshold_backward(x, y, 0): x where y > 0, else 0
+        where_positive = torch.ops.aten.threshold_backward
+        held = simulator.holding_cost.t() * paid
+        if simulator.network.unmet_demand == "lost":
+            now = where_positive(rows[0] + held, left, 0.0)
+        else:
+            now = rows[0] + where_positive(held, left, 0.0)
+        now[:stores] -= where_positive(unmet_cost.t() * paid, -left[:stores], 0.0)
+        inventory = torch.cat([now[None], rows[:-1]]).permute(2, 1, 0) if ctx.needs_input_grad[1] else None
+        action = None
+        if ctx.needs_input_grad[2]:
+            action = rows.flatten(0, 1).index_select(0, simulator._slot)
+            if simulator._charged:
+                action += simulator.link_cost[:, None] * paid
+            if len(simulator._leaving):
+                action -= simulator._by_link(now[stores:], 0.0)
+            action = action.t()
+        return None, inventory, action, None, None
