@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ctrlrl.engine.off_policy import OffPolicyAgent
     from ctrlrl.engine.offline import OfflineAgent
     from ctrlrl.engine.on_policy import OnPolicyAgent
+    from ctrlrl.inventory.hdpo import HDPO as HDPO
     from ctrlrl.run.report import report as report
     from ctrlrl.types import EnvSpec as EnvSpec
 

@@ -18,14 +18,15 @@ from ctrlrl.engine.on_policy import OnPolicyAgent
 from ctrlrl.engine.rebuild import rebuild
 from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.engine.world import capabilities
+from ctrlrl.inventory.hdpo import HDPO
 from ctrlrl.losses import base as losses
 from ctrlrl.online.gorl_agent import GoRL
 from ctrlrl.types import EnvSpec
 
-COMPOSED: tuple[type[GoRL], ...] = (GoRL,)
+COMPOSED: tuple[type[GoRL] | type[HDPO], ...] = (GoRL, HDPO)
 """Agents that are more than the loop with one loss, and say of themselves what a loss would say."""
 
-AgentClass: TypeAlias = type[OnPolicyAgent] | type[OffPolicyAgent] | type[OfflineAgent]
+AgentClass: TypeAlias = type[OnPolicyAgent] | type[OffPolicyAgent] | type[OfflineAgent] | type[HDPO]
 
 
 class Method(NamedTuple):
@@ -69,6 +70,7 @@ def methods() -> dict[str, Method]:
         on_policy = issubclass(cls, OnPolicyAgent)
         own: Any = cls if cls in COMPOSED else losses.get(cls.method) if on_policy else algorithms.get(cls.method)
         family = "on-policy" if on_policy else "offline" if issubclass(cls, OfflineAgent) else "off-policy"
+        family = getattr(cls, "family", family)
         found[cls.method] = Method(cls.method, family, own.paper, cls.capabilities, tuple(own.presets), cls)
     return found
 

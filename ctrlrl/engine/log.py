@@ -351,7 +351,9 @@ class Progress:
         print(" | ".join([self.label, *parts] if self.label else parts), file=self._file or sys.stdout, flush=True)
 
 
-_SHOWN = {"rollout/ep_rew_mean": "return", "eval/mean_reward": "eval", "train/approx_kl": "kl"}
+_SHOWN = {
+    "rollout/ep_rew_mean": "return", "eval/mean_reward": "eval", "train/approx_kl": "kl", "dev/best": "cost",
+}  # fmt: skip
 
 
 def _clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -85,6 +86,30 @@ class TrainOffline:
     """Named settings of the method (ctrlrl list methods shows them); other flags override it."""
     published: bool = False
     """Begin with the settings that are published for this method on this dataset; other flags override them."""
+    root: Path = Path("runs")
+    """Folder under which the run's folder is made."""
+    tags: Literal["sb3", "cleanrl", "rsl_rl"] = "sb3"
+    """Whose names TensorBoard and wandb show."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (extra: ctrlrl[wandb])."""
+    quiet: bool = False
+    """No progress display."""
+
+
+@dataclass(frozen=True)
+class TrainSimulated:
+    """Whose simulator to train in, and how long."""
+
+    env: str
+    """Gymnasium id, for example ctrlrl/OneStoreLost-v0."""
+    steps: int = 2_000
+    """Updates."""
+    seed: int = 0
+    """Seed of everything."""
+    env_kwargs: str = "{}"
+    """Keyword arguments of the environment, as JSON."""
+    preset: str | None = None
+    """Named settings of the method (ctrlrl list methods shows them); other flags override it."""
     root: Path = Path("runs")
     """Folder under which the run's folder is made."""
     tags: Literal["sb3", "cleanrl", "rsl_rl"] = "sb3"
@@ -192,6 +217,7 @@ def _run(verb: str, words: list[str]) -> int:
 def _train(words: list[str]) -> int:
     from ctrlrl import api
     from ctrlrl.engine.offline import OfflineAgent
+    from ctrlrl.inventory.hdpo import HDPO
 
     if any(w == "--resume" or w.startswith("--resume=") for w in words):
         return _resume(tyro.cli(Resume, args=words, prog="ctrlrl train"))
@@ -211,15 +237,15 @@ def _train(words: list[str]) -> int:
     words = [re.sub(r"^--from(?=$|=)", "--start-from", w) for w in words]
     online = _value(words, "--start-from", None) is not None and _value(words, "--dataset", None) is None
     cls = api.get_method(words[0], online)
-    offline = issubclass(cls, OfflineAgent)
-    run, settings = _parse_training(cls, words[1:], TrainOffline if offline else Train)
+    kind = TrainOffline if issubclass(cls, OfflineAgent) else TrainSimulated if issubclass(cls, HDPO) else Train
+    run, settings = _parse_training(cls, words[1:], kind)
     try:
         env_kwargs = json.loads(run.env_kwargs)
     except ValueError as error:
         return fail(f"--env-kwargs is not JSON ({error}); example: --env-kwargs '{{\"ctrl_cost_weight\": 0.1}}'", 2)
     if not isinstance(env_kwargs, dict):
         return fail(f"--env-kwargs is {run.env_kwargs}, expected names and values: --env-kwargs '{{\"name\": 1}}'", 2)
-    width = {} if offline else {"n_envs": run.n_envs, "backend": run.backend}
+    width = {} if kind is not Train else {"n_envs": run.n_envs, "backend": run.backend}
     agent: Any = cls(run.env, seed=run.seed, env_kwargs=env_kwargs, **width, **settings)
     wandb = None if run.wandb is None else {"project": run.wandb}
     agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb, tags=run.tags)
@@ -305,6 +331,8 @@ def _finish(agent: Any) -> int:
         score = agent.normalized(mean)
         normalized = "" if score is None else f" (D4RL-normalised {score:.1f})"
         print(f"Last evaluation: mean return {mean:.1f}{normalized} over {len(returns)} deterministic episodes.")
+    if math.isfinite(getattr(agent, "best_cost", math.inf)):
+        print(f"Lowest cost on the dev scenarios: {agent.best_cost:.4f} per store and period.")
     print(f"Look at it: ctrlrl report {agent.run_dir}")
     return 0
 

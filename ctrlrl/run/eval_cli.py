@@ -50,17 +50,22 @@ class Eval:
     env_kwargs: str = "{}"
     """With --robust: arguments of --env, or added to those of the run's environment, as JSON."""
     plot: Path | None = None
-    """With --robust: where to draw the picture; robust.png in the run folder by default."""
+    """With --robust, and of a run on an inventory network: where to draw the picture; robust.png or inventory.png in
+    the run folder by default."""
+    scenarios: int | None = None
+    """Of a run on an inventory network: test scenarios of its simulator, for the cost per store and period; by
+    default every recorded series once, or as many as make about 4 million demands, 64 to 8,192."""
 
 
 ROBUST = ("grid_points", "grid_convention", "env", "env_kwargs", "plot")
-"""Fields of Eval that need --robust."""
+"""Fields of Eval that need --robust; a run on an inventory network has a picture without."""
 
 
 def main(words: list[str]) -> int:
     """Evaluate as ``words`` say; returns the exit status."""
     from ctrlrl import api
     from ctrlrl.engine.runfolder import write_json
+    from ctrlrl.run import inventory_cli
 
     if any(word.partition("=")[0] == "--correct" for word in words):
         from ctrlrl.run import correction_cli
@@ -69,17 +74,29 @@ def main(words: list[str]) -> int:
     options = tyro.cli(Eval, args=words, prog="ctrlrl eval")
     if wrong := [p for p in options.risk if not 0.0 < p <= 1.0]:
         return fail(f"--risk {wrong[0]:g} is no share of the episodes; give numbers in (0, 1], such as 0.1", 2)
+    if options.scenarios is not None and options.scenarios < 1:
+        return fail(f"--scenarios {options.scenarios} must be at least 1", 2)
     if options.robust:
         if options.risk:
             return fail("--risk is of the episodes of one environment; leave it or --robust out", 2)
+        if options.scenarios is not None:
+            return fail("--scenarios is of an inventory network; leave it or --robust out", 2)
         return _eval_robust(options)
     asked = [f.name for f in dataclasses.fields(Eval) if f.name in ROBUST and getattr(options, f.name) != f.default]
-    if asked:
+    if asked and asked != ["plot"]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
         return fail(f"{flags} is for evaluations over an uncertainty set: add --robust", 2)
     agent = api.load(options.run, options.checkpoint)
+    inventory, why = inventory_cli.network_of(agent, options.seed)
+    if inventory is None and (options.plot is not None or options.scenarios is not None):
+        flag = "--plot, without --robust," if options.scenarios is None else "--scenarios"
+        return fail(f"{flag} is for runs on inventory networks; {why or f'{agent._env_name()} is none'}", 2)
+    plot = options.plot or options.run / inventory_cli.PICTURE
+    if inventory is not None and not plot.parent.is_dir():
+        return fail(f"{plot.parent} does not exist; make it, or draw {plot.name} elsewhere", 1)
     episodes = 100 if options.episodes is None else options.episodes
     result = agent.evaluate(episodes, deterministic=not options.stochastic, seed=options.seed)
+    figures = None if inventory is None else inventory_cli.figures(inventory, options.scenarios)
     if options.out is not None:
         write_json(
             options.out,
@@ -93,7 +110,8 @@ def main(words: list[str]) -> int:
                 "risk": {str(p): _at_risk(result, p) for p in options.risk},
                 "lengths": result.lengths,
                 "seeds": result.seeds,
-            },
+            }
+            | ({} if figures is None else {"inventory": figures.document()}),
         )
     kind = "stochastic" if options.stochastic else "deterministic"
     print(
@@ -112,6 +130,12 @@ def main(words: list[str]) -> int:
     best = _best(agent, options)
     if best:
         print(best)
+    if inventory is not None and figures is not None:
+        print("\n".join(inventory_cli.lines(figures, inventory.simulator)))
+        inventory_cli.draw(inventory, plot, f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint")
+        print(f"Picture: {plot}")
+    elif why:
+        print(f"  no cost per store and period: {why}")
     return 0
 
 
@@ -198,5 +222,3 @@ def _eval_robust(options: Eval) -> int:
         Console().print(table)
     print(f"Picture: {plot}\nReturns: {out}")
     return 0
-
-

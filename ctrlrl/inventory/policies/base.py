@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ctrlrl.inventory.problem import Network, View
+from ctrlrl.inventory.problem import Network, Simulator, View
 from ctrlrl.names import Registry
 from ctrlrl.types import check_types
 
@@ -93,6 +93,9 @@ class InventoryPolicy(nn.Module, ABC):
     def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
         super().__init__()
         self.network, self.demand, self.config = network, demand, config
+
+    def prepare(self, simulator: Simulator, generator: torch.Generator) -> None:  # noqa: B027 - optional
+        """Fit what is not trained by HDPO (a forecaster), once, on the train split of ``simulator``."""
 
     @abstractmethod
     def forward(self, view: View) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,6 @@ class QuantileNewsvendor(InventoryPolicy):
 
     trainable = False
     learning_rate = 0.03
-    admissible: ClassVar[bool] = True
-    """Whether what it sends can be sent."""
 
     order: Tensor
     horizon: Tensor

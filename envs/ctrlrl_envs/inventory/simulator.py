@@ -101,20 +101,24 @@ class InventorySimulator:
         self._index()
 
     def _index(self) -> None:
-        """Which links leave and join where: rows of [E + 1, B], of which the last is 0 and fills the gaps."""
-        network, none = self.network, len(self.network.links)
+        """Which links leave and join where."""
+        network, count = self.network, len(self.network.links)
         whole = {"device": self.device, "dtype": torch.long}
         leaving = [network.leaving(place) for place in range(self.stores, self.places)]
         joining: list[list[int]] = [[] for _ in range(self.slots * self.places)]
         slots = [(t - 1) * self.places + p for t, p in zip(network.lead_times, network.targets, strict=True)]
         for link, slot in enumerate(slots):
             joining[slot].append(link)
-        self._leaving = torch.tensor(_padded(leaving, none), **whole)  # [W, K]
-        self._joining = torch.tensor(_padded(joining, none), **whole).T.contiguous()  # [J, L * N]
+        # [J, L * N] links that join each slot; the last row of [E + 1, B], which is 0, fills the gaps
+        self._joining = torch.tensor(_padded(joining, count), **whole).T.contiguous()
         self._slot = torch.tensor(slots, **whole)  # [E]: where in [L * N] it joins
         # [E]: warehouse that it leaves from; the supplier is one more
         warehouses = len(network.warehouses)
         self._source = torch.tensor([x - self.stores if x >= 0 else warehouses for x in network.sources], **whole)
+        # [W, E]: 1 where it leaves from there
+        self._leaving = torch.zeros(warehouses, count, device=self.device, dtype=self.dtype)
+        for warehouse, links in enumerate(leaving):
+            self._leaving[warehouse, links] = 1.0
         self._counts = torch.tensor([[len(x)] for x in leaving], device=self.device, dtype=self.dtype)  # [W, 1]
         self._holds = torch.tensor([[w.holds] for w in network.warehouses], device=self.device, dtype=torch.bool)
 
@@ -123,7 +127,8 @@ class InventorySimulator:
     def scenarios(self, count: int | None, split: str = "train", generator: torch.Generator | None = None) -> Drawn:
         """Demand of ``count`` scenarios of a split (None: all of a recorded series), drawn on the CPU."""
         drawn = self.problem.demand.draw(count, self.problem.splits[split], generator)
-        return Drawn(*(x if x is None else x.to(self.device, self.dtype) for x in drawn))
+        given = {k: v.to(self.device, self.dtype) for k, v in drawn._asdict().items() if v is not None}
+        return drawn._replace(**given)
 
     def reset(
         self, batch: int | None, drawn: Drawn | None = None, generator: torch.Generator | None = None,
@@ -184,7 +189,7 @@ class InventorySimulator:
         sent = torch.cat([action.t(), action.new_zeros(1, len(action))])
         left = [stock[0, :stores] - demand]
         if len(self._leaving):
-            left.append(stock[0, stores:] - self._leave(sent))
+            left.append(stock[0, stores:] - self._leaving @ sent[:-1])
         left = torch.cat(left)
         kept, unmet = left.relu(), (-left[:stores]).relu()
         if self.network.objective == "profit":
@@ -197,10 +202,6 @@ class InventorySimulator:
             following = following + sent.index_select(0, links).view_as(following)
         following[0] += kept if self.network.unmet_demand == "lost" else left
         return following.permute(2, 1, 0), cost, left
-
-    def _leave(self, sent: Tensor) -> Tensor:
-        """[W, B] that leaves each warehouse, of [E + 1, B]."""
-        return sent.index_select(0, self._leaving.flatten()).unflatten(0, self._leaving.shape).sum(1)
 
     def _by_link(self, values: Tensor, supplier: float) -> Tensor:
         """[E, B] of the place that each link leaves from, of [W, B]."""
@@ -229,17 +230,16 @@ class InventorySimulator:
         """``action`` [B, E] made possible at ``inventory`` [B, N, L]: none negative, none that is not there.
 
         Where more is asked of a warehouse than it has, every link gets the same share of its wish; a warehouse that
-        cannot hold sends all it has in these proportions (in equal parts where nothing is asked).
+        cannot hold sends all it has in these proportions (in equal parts where nothing is asked, or next to nothing).
         """
         wish = action.clamp_min(0.0)
         if not len(self._leaving):
             return wish
-        rows = torch.cat([wish.t(), wish.new_zeros(1, len(wish))])
-        there, asked = inventory[:, self.stores :, 0].clamp_min(0.0).t(), self._leave(rows)
+        there, asked = inventory[:, self.stores :, 0].clamp_min(0.0).t(), self._leaving @ wish.t()
         # the root: 1 / asked has a square in its derivative
         nothing = torch.finfo(wish.dtype).tiny ** 0.5
         cut = torch.where(self._holds, asked > there, asked > nothing)
-        sent = rows[:-1] * self._by_link(torch.where(cut, there / torch.where(cut, asked, 1.0), 1.0), 1.0)
+        sent = wish.t() * self._by_link(torch.where(cut, there / torch.where(cut, asked, 1.0), 1.0), 1.0)
         if not all(w.holds for w in self.network.warehouses):
             sent = torch.where(self._by_link(self._holds | cut, True), sent, self._by_link(there / self._counts, 0.0))
         return sent.t()
