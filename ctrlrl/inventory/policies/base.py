@@ -94,7 +94,7 @@ class InventoryPolicy(nn.Module, ABC):
         super().__init__()
         self.network, self.demand, self.config = network, demand, config
 
-    def prepare(self, simulator: Simulator, generator: torch.Generator) -> None:  # noqa: B027 - optional
+    def prepare(self, simulator: Simulator, generator: torch.Generator) -> None:
         """Fit what is not trained by HDPO (a forecaster), once, on the train split of ``simulator``."""
 
     @abstractmethod
