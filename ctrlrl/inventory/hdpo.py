@@ -196,7 +196,7 @@ class HDPO(TrainedAgent):
 
     def _fit_beforehand(self) -> None:
         """Let the policy fit what it forecasts with, once: that is no part of its training."""
-        if not self.fitted:
+        if not self.fitted and type(self.network_policy).prepare is not InventoryPolicy.prepare:
             self.network_policy.prepare(self.simulator, generator(self.seed, "prepare"))
             self.descent.begin(self.network_policy.state_dict())
         self.fitted = True
