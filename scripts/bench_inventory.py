@@ -12,7 +12,7 @@ Parts, each with its cells (``--cells`` picks some, ``--all`` takes every one th
 Gaps are of the mean cost per store and period over the test horizon, its first part left out, in scenarios that all
 share; they carry the standard error of sampling them. Each arm is trained with the settings in ``TRAINING``, one
 thread each, and keeps the weights of its best look at the dev scenarios. ``--peers`` adds, for one cell of each part,
-Stable-Baselines3's PPO on the same Gymnasium environment (observations and rewards normalised, actions rescaled) with
+Stable-Baselines3's PPO on the same Gymnasium environment (observations and rewards normalised, actions scaled by the environment) with
 ten times HDPO's wall time, and this library's PPO and REINFORCE for as long.
 
 Each training is a shard (one JSON file); a later call adds the missing ones and merges all.
@@ -78,7 +78,7 @@ TRAINING = {
 LEVELS = ("base_stock", "capped_base_stock", "echelon_stock")
 """Arms with a few parameters in units of stock, which take their own learning rate."""
 PEERS, LONGER = ("sb3_ppo", "ppo", "reinforce"), 10.0
-PEER_CELLS = {"backlogged": "4,9", "lost": "4,9", "serial": "4", "transshipment": "3"}
+PEER_CELLS = {"backlogged": "4,9", "lost": "4,9", "serial": "4", "transshipment": "3", "sharing": "20", "real": "21"}
 
 
 def arguments(args: argparse.Namespace, part: str, cell: str) -> dict:
@@ -114,7 +114,7 @@ def peer(args: argparse.Namespace, part: str, cell: str, arm: str, seed: int) ->
     from ctrlrl.inventory.comparison import compare
 
     limit = LONGER * json.loads(shard(args, part, cell, ARMS[part][0], 0).read_text())["train_s"]
-    kwargs, began = arguments(args, part, cell), time.perf_counter()
+    kwargs, began = arguments(args, part, cell) | {"scale_actions": True}, time.perf_counter()
     if arm == "sb3_ppo":
         agent, env, steps = sb3(ENVS[part], kwargs, seed, limit)
     else:
@@ -123,12 +123,12 @@ def peer(args: argparse.Namespace, part: str, cell: str, arm: str, seed: int) ->
             def on_update(self, agent, step, metrics):
                 return time.perf_counter() - began < limit
 
-        agent = api.make(arm, ENVS[part], env_kwargs=kwargs, seed=seed, n_envs=32, n_steps=64, threads=1, device="cpu",
-                         eval_every=None)  # fmt: skip
+        agent = api.make(arm, ENVS[part], env_kwargs=kwargs, seed=seed, n_envs=32, threads=1, device="cpu", eval_every=None,
+                         **({"n_steps": 64} if arm == "ppo" else {}))  # fmt: skip
         agent.learn(2**40, root=None, progress=False, tensorboard=False, callbacks=[Clock()])
         env, steps = made(ENVS[part], kwargs), agent.steps
     trained = time.perf_counter() - began
-    figures = compare(agent, env.unwrapped.simulator if arm != "sb3_ppo" else env, seed=args.test_seed)
+    figures = compare(agent, env, seed=args.test_seed)
     return {"env_steps": steps, "train_s": round(trained, 1), "figures": plain(figures)}
 
 
@@ -140,7 +140,6 @@ def made(env_id: str, kwargs: dict):
 
 
 def sb3(env_id: str, kwargs: dict, seed: int, limit: float):
-    import gymnasium as gym
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -156,16 +155,13 @@ def sb3(env_id: str, kwargs: dict, seed: int, limit: float):
         def predict(self, obs, deterministic=True, **_):
             return model.predict(training.normalize_obs(obs), deterministic=deterministic)
 
-    def one():
-        return gym.wrappers.RescaleAction(made(env_id, kwargs), -1.0, 1.0)
-
     torch.set_num_threads(1)
     began = time.perf_counter()
-    training = VecNormalize(DummyVecEnv([one] * 8))
+    training = VecNormalize(DummyVecEnv([lambda: made(env_id, kwargs)] * 8))
     model = PPO("MlpPolicy", training, n_steps=256, batch_size=256, seed=seed, device="cpu")
     model.learn(2**40, callback=Clock())
     training.training = False
-    return Normalized(), one(), model.num_timesteps
+    return Normalized(), made(env_id, kwargs), model.num_timesteps
 
 
 def plain(figures) -> dict:

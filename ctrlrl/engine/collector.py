@@ -269,7 +269,7 @@ class Collector:
             n_groups: Groups.
             group_size: Episodes per group.
             seeds: One reset seed per group.
-            max_steps: Episodes longer than this are truncated; by default the environment's registered limit.
+            max_steps: Episodes longer than this are truncated; by default the environment's limit.
             generator: Of the policy's noise; a new one from the collector's seed by default.
         """
         if n_groups < 1 or group_size < 1:
@@ -296,7 +296,7 @@ class Collector:
         Args:
             seeds: Reset seeds; equal ones give equal starts.
             group: [B] int64 group of each episode, handed through.
-            max_steps: Episodes longer than this are truncated; by default the environment's registered limit.
+            max_steps: Episodes longer than this are truncated; by default the environment's limit.
             generator: Of the policy's noise; a new one from the collector's seed by default.
             draw: Temperature, support, prescribed actions.
 
@@ -333,7 +333,7 @@ class Collector:
         )  # fmt: skip
 
     def horizon(self) -> int:
-        """The environment's registered limit of steps.
+        """The environment's limit of steps: the registered one, or ``unwrapped.max_episode_steps`` of its own.
 
         Raises:
             ValueError: It has none.
@@ -342,8 +342,23 @@ class Collector:
         if self.spec is not None:
             limit = self.spec.kwargs.get("max_episode_steps") or envpool.step_limit(self.spec.id.rpartition(":")[2])
         if limit is None:
-            raise ValueError("these episodes have no registered limit; give max_steps (on the command line --horizon)")
+            limit = self._own_limit()
+        if limit is None:
+            raise ValueError(
+                "these episodes have no known limit of steps; set horizon, the longest episode (on the command line "
+                "--horizon; in a call of the collector, give max_steps)"
+            )
         return limit
+
+    def _own_limit(self) -> int | None:
+        """What an environment that truncates by itself says; a spec is built for a moment."""
+        if self.spec is not None and self.spec.backend == "envpool":
+            return None
+        env: Any = self._live if self.spec is None else environments.build_env(self.spec)
+        limit = getattr(env.unwrapped, "max_episode_steps", None)
+        if env is not self._live:
+            env.close()
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     def close(self) -> None:
         """Close the environments that were built here; a live one is the caller's."""

@@ -118,7 +118,7 @@ def compare(
     Args:
         agent: See :func:`play`.
         simulator: ``env.unwrapped.simulator`` of an inventory environment, on the device of a policy; or the
-            environment itself, for what its wrappers do to actions.
+            environment itself, for what it and its wrappers do to actions (``scale_actions``, see :func:`behind`).
         split: Whose horizon.
         scenarios: How many; by default every recorded series once, or as many as make ``DEMANDS`` demands.
         seed: Of the scenarios; they do not depend on the agent.
@@ -175,8 +175,9 @@ def play(agent: Any, simulator: Simulator, state: Any, periods: int) -> Iterator
 
     Args:
         agent: An agent of this library, or one with the ``predict`` of Stable-Baselines3: it acts deterministically
-            on the environment's observations, and ``simulator.feasible`` makes its actions possible. Or a policy, any
-            function from a view to flows [B, E], which are taken as they are. Orders are rounded where demand is of
+            on the environment's observations, and ``simulator.feasible`` makes its actions, which are taken for flows
+            (see :func:`behind` where they are not), possible. Or a policy, any function from a view to flows [B, E],
+            which are taken as they are. Orders are rounded where demand is of
             whole units; where a warehouse then has too little, its shares may be fractions.
         simulator: Of the environment.
         state: To start from, see :func:`begin`.
@@ -205,7 +206,10 @@ def play(agent: Any, simulator: Simulator, state: Any, periods: int) -> Iterator
 
 
 def behind(agent: Any, env: gym.Env) -> Any:
-    """``agent`` as it acts on the network of ``env``: what wrappers do to its actions (rescale, clip) is done to them.
+    """``agent`` as it acts on the network of ``env``: what is done to its actions there is done to them.
+
+    That is what wrappers do (rescale, clip) and then ``env.unwrapped.flows``, where there is such a method from actions
+    [B, E] to flows. A policy of views gives flows already and stays as it is.
 
     Raises:
         TypeError: ``env`` is no inventory environment.
@@ -225,7 +229,10 @@ def behind(agent: Any, env: gym.Env) -> Any:
                 "does; wrappers that rescale or clip actions are fine"
             )
         outer = outer.env
-    return _Behind(agent, transforms) if transforms else agent
+    flows = getattr(env.unwrapped, "flows", None)
+    if _is_policy(agent) or not (transforms or flows):
+        return agent
+    return _Behind(agent, transforms, flows)
 
 
 def is_inventory(env: gym.Env) -> bool:
@@ -240,10 +247,10 @@ def recorded(simulator: Simulator) -> bool:
 
 
 class _Behind:
-    """An agent whose actions pass through ``transforms``, the first first."""
+    """An agent whose actions pass through ``transforms``, the first first, then through ``flows``."""
 
-    def __init__(self, agent: Any, transforms: Sequence[Any]) -> None:
-        self.agent, self.transforms = agent, transforms
+    def __init__(self, agent: Any, transforms: Sequence[Any], flows: Callable[[Any], np.ndarray] | None) -> None:
+        self.agent, self.transforms, self.flows = agent, transforms, flows
 
     def session(self, noise: None = None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         act = _session(self.agent)
@@ -252,7 +259,7 @@ class _Behind:
             actions = act(obs, episodes)
             for transform in self.transforms:
                 actions = np.stack([transform.action(action) for action in actions])
-            return actions
+            return actions if self.flows is None else self.flows(actions)
 
         return decide
 

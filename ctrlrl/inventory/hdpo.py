@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -22,13 +23,29 @@ from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.trainer import TrainedAgent
 from ctrlrl.inventory.comparison import Figures, begin, compare
 from ctrlrl.inventory.hdpo_config import DIFFERS, PAPER, HDPOConfig, HDPOSettings
-from ctrlrl.inventory.pathwise import Act, Descent, as_compared, recorded, rows, total_cost
+from ctrlrl.inventory.pathwise import (
+    Act,
+    Descent,
+    as_compared,
+    available_memory,
+    recorded,
+    rows,
+    saved_by_a_period,
+    total_cost,
+)
 from ctrlrl.inventory.policies import base as policies
 from ctrlrl.inventory.policies.base import Demanded, InventoryPolicy
 from ctrlrl.inventory.problem import Simulator
 from ctrlrl.types import EnvSpec
 
+logger = logging.getLogger("ctrlrl")
+
 _NEEDED = ("network", "observe", "problem", "reset", "scenarios", "seen", "step", "to", "view", "feasible")
+_CHANGING = (
+    gym.ActionWrapper, gym.ObservationWrapper, gym.vector.VectorActionWrapper, gym.vector.VectorObservationWrapper,
+)  # fmt: skip
+_SAMPLE = 512
+"""Scenarios by which the memory of an update is estimated."""
 
 
 class Acting(nn.Module):
@@ -68,7 +85,7 @@ class HDPO(TrainedAgent):
             :class:`ctrlrl.inventory.problem.Simulator`.
         seed: Seed of everything.
         env_kwargs: Keyword arguments of the environment, with an id.
-        preset: Named settings: "paper".
+        preset: Named settings: "paper", the paper's for problems of one store, or "real", those for recorded sales.
         **settings: Fields of HDPOConfig, InventoryPolicyConfig and HDPOSettings, by name.
 
     Attributes:
@@ -79,7 +96,7 @@ class HDPO(TrainedAgent):
         best_cost: Lowest cost on the dev scenarios so far, that of ``network_policy``; infinite before the first look.
 
     Raises:
-        TypeError: The environment has no such simulator.
+        TypeError: The environment has no such simulator, or actions or observations that are not the simulator's.
         PolicyError: The policy has no meaning on this network.
         KeyError: There is no such policy.
     """
@@ -157,6 +174,18 @@ class HDPO(TrainedAgent):
                 f"{self._env_name()} has observations and actions of shapes {shapes}, its simulator of {wanted}: "
                 "wrappers must leave them as they are"
             )
+        if getattr(probe.unwrapped, "scale_actions", False):
+            raise TypeError(
+                f"actions of {self._env_name()} are scaled, and hdpo decides how much is sent; leave scale_actions out"
+            )
+        layer: Any = probe
+        while layer is not probe.unwrapped:
+            if isinstance(layer, _CHANGING):
+                raise TypeError(
+                    f"{type(layer).__name__} changes actions or observations, and hdpo learns in the simulator behind "
+                    "it: wrappers must leave them as they are; leave it out"
+                )
+            layer = layer.env
         return simulator
 
     def _fresh(self, restart: int) -> InventoryPolicy:
@@ -184,6 +213,40 @@ class HDPO(TrainedAgent):
                 f"{self._own.policy} has nothing to train: it is what it is from the start, and agent.cost() says what "
                 f"it costs. Policies to train: {known}"
             )
+        if self.config.recompute_periods is None and self.steps == 0:
+            self.config = dataclasses.replace(self.config, recompute_periods=self._recompute())
+
+    def _recompute(self) -> int | None:
+        """Periods to compute at a time in the backward pass; None where what all of them need can be kept.
+
+        Raises:
+            ConfigError: Not even one of them fits.
+        """
+        simulator, config, network = self.simulator, self.config, self.network_policy
+        horizon, free = simulator.problem.splits["train"].periods, available_memory(self.device)
+        # what is fitted before training may not act yet
+        if free is None or horizon < 3 or type(network).prepare is not InventoryPolicy.prepare:
+            return None
+        drawing, every = generator(self.seed, "memory"), recorded(simulator, "train")
+        size = min(n for n in (config.batch_size, config.scenarios, every and len(every.demand)) if n)
+        few = min(size, _SAMPLE)
+        first = torch.arange(few, device=self.device)
+        drawn = simulator.scenarios(few, "train", drawing) if every is None else rows(every, first)
+        state = simulator.reset(None, drawn, drawing, "train")
+        with environments.torch_threads(self.threads):
+            one = saved_by_a_period(simulator, self.descent.policy, state, network.clairvoyant) * size // few
+        need, gib = one * horizon, 2.0**30
+        if need <= free / 2:
+            return None
+        said = (
+            f"an update of {size} scenarios over {horizon} periods keeps about {need / gib:.3g} GiB for its backward "
+            f"pass; {free / gib:.3g} GiB are free"
+        )
+        if one > free:
+            raise ConfigError(f"{said}, not enough for a single period ({one / gib:.3g} GiB): lower batch_size")
+        periods = max(1, min(math.isqrt(horizon), int(free / 2 / one)))
+        logger.warning("%s: computing them again, %d periods at a time (recompute_periods).", said, periods)
+        return periods
 
     def _open(self) -> None:
         if self.planned != self.span:  # training anew, or on; not a run that is resumed
@@ -325,7 +388,8 @@ class HDPO(TrainedAgent):
 
         Args:
             split: "train", "dev" or "test": how long the horizon is, and how much of its beginning does not count.
-            scenarios: How many to draw; by default every recorded series once, or 1,024 drawn ones.
+            scenarios: How many to draw; by default every recorded series once, or as many as make about 4 million
+                demands, 64 to 8,192.
             seed: Of demand and of the stock at the start; the agent's by default.
         """
         with environments.torch_threads(self.threads):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from ctrlrl.inventory.optimal_backlogged import (
     newsvendor_cost,
     serial_chain,
 )
-from ctrlrl.inventory.optimal_lost_sales import LostSales, lost_sales_store
+from ctrlrl.inventory.optimal_lost_sales import LostSales
+from ctrlrl.inventory.optimal_lost_sales import lost_sales_store as _lost_sales_store
 from ctrlrl.inventory.problem import Network
 from ctrlrl.inventory.transshipment_bound import TransshipmentBound, transshipment_bound, transshipment_flows
 
@@ -36,6 +38,11 @@ __all__ = [
     "transshipment_flows",
 ]
 
+lost_sales_store = lru_cache(maxsize=8)(_lost_sales_store)
+"""That of :mod:`ctrlrl.inventory.optimal_lost_sales`; what it has solved it remembers."""
+
+_RARELY_NEGATIVE = 4.0
+"""Deviations from 0 from which on a mean makes negative demand negligible: 3e-5 of it."""
 _LARGEST_MEAN = 10.0
 _LONGEST_LEAD_TIME = 4
 """Of lost sales: beyond these the exact solution takes minutes."""
@@ -60,6 +67,9 @@ def known(problem: Any) -> dict[str, float]:
     - A chain of places that hold, then one store: normal demand backlogged, holding costs not rising upstream.
     - One warehouse that cannot hold: normal demand backlogged and unclipped, equal costs and lead times (a bound).
 
+    Of the first two, normal demand that is not clipped has but a bound where its mean is below four deviations: goods
+    that come back cannot be sent on.
+
     Args:
         problem: With a network and demand (mean [S] and std [S]). Demand is normal if it has a correlation and says
             whether it is clipped (``clip``), Poisson if it is ``integer`` with a variance equal to the mean.
@@ -78,16 +88,19 @@ def known(problem: Any) -> dict[str, float]:
     if min(min(store) for store in stores) <= 0.0:
         return {}
     case = (kind, network.unmet_demand)
+    reached = getattr(demand, "clip", True) or all(s.mean >= _RARELY_NEGATIVE * s.std for s in stores)
+    name = "optimum" if reached else "lower_bound"
     if not network.warehouses:
         if case == ("normal", "backlogged"):
-            return {"optimum": _mean_of(lambda s: backlogged_store(*s, clip=demand.clip).cost, stores)}
+            return {name: _mean_of(lambda s: backlogged_store(*s, clip=demand.clip).cost, stores)}
         if case == ("poisson", "lost") and all(
             s.mean <= _LARGEST_MEAN and s.lead_time <= _LONGEST_LEAD_TIME for s in stores
         ):
             return {"optimum": _mean_of(lambda s: lost_sales_store(s.mean, *s[2:]).cost, stores)}
     elif case == ("normal", "backlogged"):
         if len(stores) == 1 and all(w.holds for w in network.warehouses):
-            return _chain(network, stores[0], demand.clip)
+            cost = _chain(network, stores[0], demand.clip)
+            return {} if cost is None else {name: cost}
         if len(network.warehouses) == 1 and not network.warehouses[0].holds and not demand.clip:
             return _transshipment(stores, served[len(stores)], demand.correlation, network)
     return {}
@@ -108,7 +121,7 @@ def _mean_of(cost: Callable[[_Store], float], stores: list[_Store]) -> float:
     return sum(times * cost(store) for store, times in Counter(stores).items()) / len(stores)
 
 
-def _chain(network: Network, store: _Store, clip: bool) -> dict[str, float]:
+def _chain(network: Network, store: _Store, clip: bool) -> float | None:
     """With one link into each place and one store, every place has one way on: places are in the order of that way."""
     sender = dict(zip(network.targets, network.sources, strict=True))
     lead_time = dict(zip(network.targets, network.lead_times, strict=True))
@@ -116,13 +129,12 @@ def _chain(network: Network, store: _Store, clip: bool) -> dict[str, float]:
     while sender[order[-1]] >= 0:
         order.append(sender[order[-1]])
     if len(order) <= len(network.warehouses):
-        return {}
+        return None
     places = [*network.stores, *network.warehouses]
     costs = [places[i].holding_cost for i in order]
     if any(own < before for own, before in pairwise(costs)):
-        return {}
-    best = serial_chain(costs, [lead_time[i] for i in order], store.unmet_cost, store.mean, store.std, clip)
-    return {"optimum": best.cost}
+        return None
+    return serial_chain(costs, [lead_time[i] for i in order], store.unmet_cost, store.mean, store.std, clip).cost
 
 
 def _transshipment(stores: list[_Store], lead_time: int, correlation: Any, network: Network) -> dict[str, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
@@ -49,6 +51,40 @@ def total_cost(
         state, part = checkpoint(stretch, state, first, last, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
         total = total + part
     return total
+
+
+def saved_by_a_period(simulator: Simulator, act: Act, state: Any, clairvoyant: bool = False) -> int:
+    """Bytes that one more period keeps for the backward pass, by the third from ``state`` on.
+
+    What all periods share (weights, demand) does not count, nor does what the first has not: gradients of its stock.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> None:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)  # held, so that no other takes its place
+
+    before = total = 0
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda _: torch.empty(0)):
+        for _ in range(3):
+            state, _ = simulator.step(state, act(simulator.view(state, clairvoyant)))
+            before, total = total, sum(x.untyped_storage().nbytes() for x in kept.values())
+    return total - before
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that are free where ``device`` computes; None where nothing says so."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pass
+    try:  # not said where it is Linux alone that knows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def as_compared(simulator: Simulator, act: Act) -> Act:

@@ -332,7 +332,9 @@ def _finish(agent: Any) -> int:
         normalized = "" if score is None else f" (D4RL-normalised {score:.1f})"
         print(f"Last evaluation: mean return {mean:.1f}{normalized} over {len(returns)} deterministic episodes.")
     if math.isfinite(getattr(agent, "best_cost", math.inf)):
-        print(f"Lowest cost on the dev scenarios: {agent.best_cost:.4f} per store and period.")
+        profit = agent.simulator.network.objective == "profit"
+        name, best = ("Highest profit", -agent.best_cost) if profit else ("Lowest cost", agent.best_cost)
+        print(f"{name} on the dev scenarios: {best:.4f} per store and period.")
     print(f"Look at it: ctrlrl report {agent.run_dir}")
     return 0
 

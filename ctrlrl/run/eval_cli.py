@@ -114,9 +114,11 @@ def main(words: list[str]) -> int:
             | ({} if figures is None else {"inventory": figures.document()}),
         )
     kind = "stochastic" if options.stochastic else "deterministic"
+    spec = None if inventory is None else agent.env_spec
+    split = "" if spec is None else f" of the {spec.kwargs.get('split', 'train')} split"
     print(
         f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint at {agent.steps:,} steps, "
-        f"{episodes} {kind} episodes"
+        f"{episodes} {kind} episodes{split}"
     )
     low, middle, high = np.quantile(result.returns, (0.0, 0.5, 1.0))
     print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")

@@ -19,6 +19,7 @@ from ctrlrl_envs.inventory import (
     Store,
     Warehouse,
 )
+from ctrlrl_envs.inventory.env import mean_flows
 from gymnasium.utils.env_checker import check_env
 
 IDS = (
@@ -157,10 +158,11 @@ def test_the_same_problem_elsewhere():
 # -- episodes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*IDS, "Inventory"])
+@pytest.mark.parametrize("name", [*IDS, "Inventory", "scaled"])
 def test_environments_keep_the_rules_of_gymnasium(name, tmp_path):
     kwargs = {"network": user_file(tmp_path)} if name == "Inventory" else {}
-    env = gym.make(f"ctrlrl/{name}-v0", **kwargs)
+    scaled = name == "scaled"
+    env = gym.make("ctrlrl/Serial-v0", scale_actions=True) if scaled else gym.make(f"ctrlrl/{name}-v0", **kwargs)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(infinity|render|Box observation space|action space).*")
         check_env(env.unwrapped, skip_render_check=True)
@@ -197,6 +199,7 @@ def test_seeds_fix_episodes_and_the_next_ones_differ():
 
 def test_episodes_end_with_the_split_and_only_there():
     env = gym.make("ctrlrl/OneStoreLost-v0")
+    assert env.unwrapped.max_episode_steps == 50
     with pytest.raises(gym.error.ResetNeeded):
         env.unwrapped.step([1.0])
     env.reset(seed=0)
@@ -222,14 +225,74 @@ def test_the_bounds_of_orders_cover_the_stores_that_a_link_leads_to():
     assert Inventory(recorded()).action_space.high.tolist() == [4 * (211 + 311), 4 * 211.0, 4 * 311.0]
 
 
+# -- actions around 0 -----------------------------------------------------------------------------
+
+
+def test_mean_flows_are_what_is_needed_downstream_shared_by_the_links_that_bring_it():
+    """Store a needs 6 and has two warehouses, b needs 4 and has one; so v passes on 3 and w 3 + 4."""
+    network = Network(
+        (Store("a", 1.0, 9.0), Store("b", 1.0, 9.0)),
+        (Warehouse("v", 0.5), Warehouse("w", 0.5)),
+        tuple(Link(*ends, 1) for ends in (("w", "a"), ("supplier", "w"), ("v", "a"), ("supplier", "v"), ("w", "b"))),
+    )
+    problem = Problem("two", network, Normal(torch.tensor([6.0, 4.0]), torch.ones(2)))
+    assert mean_flows(problem).tolist() == [3.0, 7.0, 3.0, 3.0, 4.0]
+    # over both series and all weeks: 5.5 and 205.5 at a, 100 more at b
+    assert mean_flows(recorded()).tolist() == [105.5 + 205.5, 105.5, 205.5]
+
+
+def test_scaled_actions_ask_for_up_to_three_times_the_mean_flow():
+    mean = np.array([311.0, 105.5, 205.5])
+    stock = torch.zeros(3, 3)
+    stock[2, 0] = 1e4
+    env = Inventory(recorded(), scale_actions=True)
+    assert env.action_space == gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+    many = vector("OneStoreLost", 4, problem=recorded(), scale_actions=True)
+    assert many.single_action_space == env.action_space
+    asked = {-1.0: 0.0, -0.5: 0.0, 0.0: 1.0, 1.0: 3.0}
+    many.reset(seed=0)
+    many._inventory[:] = stock
+    many.step(np.repeat(np.float32(list(asked))[:, None], 3, 1))
+    for row, (action, times) in enumerate(asked.items()):
+        env.reset(seed=0, options={"inventory": stock})
+        np.testing.assert_allclose(env.flows([[action] * 3] * 2), [times * mean] * 2)
+        np.testing.assert_allclose(env.step([action] * 3)[4]["sent"], times * mean)
+        # of the first link, which joins the depot's second slot
+        assert many._inventory[row, 2, 1].item() == times * mean[0]
+    plain = Inventory(recorded())
+    assert plain.flows([1.0, 2.0, 3.0]).tolist() == [1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match=r"actions have shape \(2, 1\); expected one number for each of 3 links"):
+        env.flows([[0.0], [0.0]])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_actions_that_are_not_finite_are_refused_with_their_link(value, scaled):
+    message = f"the action of link depot -> a is {value}; expected a finite number"
+    env = Inventory(recorded(), scale_actions=scaled)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step([0.0, value, value])
+    many = vector("OneStoreLost", 2, problem=recorded(), scale_actions=scaled)
+    many.reset(seed=0)
+    actions = np.zeros((2, 3), np.float32)
+    actions[0, 1] = value
+    with pytest.raises(ValueError, match=message):
+        many.step(actions)
+    many._truncated[0] = True  # a row that has ended takes no action
+    assert np.isfinite(many.step(actions)[0]).all()
+
+
 # -- many at once ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*IDS, "recorded"])
+@pytest.mark.parametrize("name", [*IDS, "recorded", "scaled"])
 def test_many_do_what_single_ones_do(name):
     """Other actions in every row, a row reset in the middle of an episode, and all episodes to their ends."""
     own = name == "recorded"
     target, kwargs = ("OneStoreLost", {"problem": recorded()}) if own else (name, {})
+    if name == "scaled":
+        target, kwargs = "OneWarehouse", {"scale_actions": True}
     many = vector(target, 3, **kwargs)
     singles = [gym.make(f"ctrlrl/{target}-v0", **kwargs).unwrapped for _ in range(3)]
     obs, _ = many.reset(seed=[4, 5, 6])
@@ -264,13 +327,21 @@ def test_many_can_be_cut_short_and_refuse_other_options():
     env.reset(seed=0)
     zeros = np.zeros(env.action_space.shape, np.float32)
     assert [env.step(zeros)[3].tolist() for _ in range(3)] == [[False] * 2, [False] * 2, [True] * 2]
+    assert env.max_episode_steps == 3 and vector("Serial", 2, split="test").max_episode_steps == 500
     with pytest.raises(ValueError, match="reset_mask"):
         env.reset(options={"inventory": 0})
 
 
-def test_agents_of_others_train_on_it():
+def test_agents_of_others_train_on_it_and_scaled_actions_begin_near_the_mean_demand():
     ppo = pytest.importorskip("stable_baselines3").PPO
-    env = gym.make("ctrlrl/OneStoreLost-v0")
-    agent = ppo("MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=1, seed=0, device="cpu").learn(64)
-    obs, _ = env.reset(seed=0)
-    assert env.action_space.contains(agent.predict(obs)[0])
+    costs = []
+    for scaled in (False, True):
+        env = gym.make("ctrlrl/OneStoreLost-v0", scale_actions=scaled)
+        agent = ppo("MlpPolicy", env, n_steps=64, batch_size=64, n_epochs=1, seed=0, device="cpu")
+        before = [p.detach().clone() for p in agent.policy.parameters()]
+        agent.learn(128)
+        assert not all(torch.equal(x, y) for x, y in zip(before, agent.policy.parameters(), strict=True))
+        assert [episode["l"] for episode in agent.ep_info_buffer] == [50, 50]
+        costs.append(-np.mean([episode["r"] for episode in agent.ep_info_buffer]) / 50)
+    # a unit that is not sold costs 9, and 5 are asked for; orders around 0 leave nearly all of these
+    assert costs[0] > 36 and costs[1] < 32

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from ctrlrl_envs.inventory import InventorySimulator, Series, Split, problems
+from ctrlrl_envs.inventory import InventorySimulator, Normal, Poisson, Series, Split, problems
 from scipy.stats import norm
 
 DATA = os.environ.get("CTRLRL_DATA")
@@ -90,6 +90,7 @@ def test_networks_of_several_warehouses_with_recorded_sales():
 
 @needs_data
 def test_series_of_one_store_are_those_of_all():
+    assert problems.real_one_store().demand.training == problems.real_stores(3).demand.training == 111
     problem = problems.real_one_store(lead_time=4)
     assert problem.demand.values.shape == (6048, 1, 171) and problem.demand.unmet.shape == (6048, 1)
     many = problems.real_stores().demand
@@ -230,8 +231,86 @@ def test_stock_at_the_start_is_up_to_the_mean_demand_of_a_period():
         (lambda: problems.real_stores(products=289), "products=289"),
         (lambda: problems.real_stores(21, 6), "warehouses=6"),
         (lambda: problems.one_store_lost(0), "lead time 0"),
+        (lambda: problems.serial(4.0), "echelons=4.0"),
+        # what cannot be
+        (lambda: problems.one_store_lost(mean=-5), "mean=-5 must be a finite number of at least 0"),
+        (lambda: problems.one_store_lost(mean=float("inf")), "mean=inf must be a finite number"),
+        (lambda: problems.independent_stores(3, mean=(1.0, 2.0)), r"mean=\(1.0, 2.0\) must be .* or 3 of them"),
+        (lambda: problems.one_store_backlogged(std=-1), "std=-1 must be a finite number"),
+        (lambda: problems.one_store_backlogged(mean="5"), "mean='5' must be a finite number"),
+        (lambda: problems.one_store_backlogged(unmet_cost="9"), "store: unmet_cost '9' must be a finite number"),
+        (lambda: problems.serial(mean=float("nan")), "mean=nan must be a finite number"),
+        (lambda: problems.serial(std=-1), "std=-1 must be a finite number"),
+        (lambda: problems.one_warehouse(lead_times=(4, 2)), r"lead_times=\(4, 2\) must be \(low, high\)"),
+        (lambda: problems.one_warehouse(lead_times=(3, 3)), r"lead_times=\(3, 3\) must be"),
+        (lambda: problems.one_warehouse(lead_times=(1,)), r"lead_times=\(1,\) must be"),
+        (lambda: problems.one_warehouse(lead_times=(0, 2)), r"lead_times=\(0, 2\) must be .* 1 <= low < high"),
+        (lambda: problems.one_warehouse(lead_times=(1.0, 2)), r"lead_times=\(1.0, 2\) must be"),
+        (lambda: problems.one_warehouse(lead_times=3), "lead_times=3 must be"),
+        (
+            lambda: problems.one_warehouse(5, correlation=1.0),
+            r"above -0.25 \(with 5 stores\) and below 1, or .*found 1.0",
+        ),
+        (lambda: problems.transshipment(5, correlation=-0.9), "found -0.9"),
+        (lambda: problems.transshipment(5, correlation=-0.25), "found -0.25"),
+        (lambda: problems.many_warehouses(correlation="0.5"), "found '0.5'"),
     ],
 )
-def test_what_was_not_studied_is_refused(make, text):
+def test_what_was_not_studied_or_cannot_be_is_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+# -- demand of a user's own -----------------------------------------------------------------------
+
+MATRIX = [[1.0, 0.8, -0.3], [0.8, 1.0, 0.1], [-0.3, 0.1, 1.0]]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_demand_has_the_correlations_that_are_given(kind):
+    given = kind(MATRIX)
+    demand = Normal(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([1.0, 2.0, 3.0]), given, clip=False)
+    assert demand.correlation is given
+    drawn = demand.draw(20000, Split(5), torch.Generator().manual_seed(0)).demand.flatten(0, 1)
+    np.testing.assert_allclose(np.corrcoef(drawn.T), MATRIX, atol=0.015)
+    np.testing.assert_allclose(drawn.mean(0), [5, 6, 7], atol=0.05)
+    np.testing.assert_allclose(drawn.std(0), [1, 2, 3], rtol=0.02)
+
+
+def test_a_number_is_the_matrix_that_it_stands_for():
+    matrix = torch.full((3, 3), 0.5) + 0.5 * torch.eye(3)
+    one, other = problems.transshipment(3, correlation=0.5), problems.transshipment(3, correlation=matrix)
+    drawn = [p.demand.draw(4, Split(5), torch.Generator().manual_seed(0)).demand for p in (one, other)]
+    torch.testing.assert_close(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "text"),
+    [
+        ([[1.0, 0.5], [0.5, 1.0]], r"found numbers of shape \(2, 2\)"),
+        ([[1.0, 0.8, 0.3], [0.8, 1.0, 0.1], [-0.3, 0.1, 1.0]], "is not symmetric"),
+        ([[1.0, 0.8, -0.3], [0.8, 2.0, 0.1], [-0.3, 0.1, 1.0]], r"found the diagonal \[1.0, 2.0, 1.0\]"),
+        ([[1.0, 0.9, -0.9], [0.9, 1.0, 0.9], [-0.9, 0.9, 1.0]], "is not positive definite"),
+        ([[1.0, float("nan"), 0.0], [float("nan"), 1.0, 0.0], [0.0, 0.0, 1.0]], "is not symmetric"),
+        ([1.0, 0.5, 0.5], r"found numbers of shape \(3,\)"),
+    ],
+)
+def test_correlations_that_cannot_be_are_refused(matrix, text):
+    with pytest.raises(ValueError, match=rf"symmetric matrix \[3, 3\].*{text}"):
+        Normal(torch.ones(3), torch.ones(3), np.array(matrix))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Normal(torch.ones(2), torch.ones(3)), r"std must be a tensor \[2\], .* found shape \(3,\)"),
+        (lambda: Normal(torch.ones(2), torch.tensor([1.0, -1.0])), r"std=\[1.0, -1.0\] must be finite"),
+        (lambda: Normal(torch.tensor([torch.nan]), torch.ones(1)), r"mean=\[nan\] must be finite"),
+        (lambda: Normal(torch.tensor(5.0), torch.tensor(1.0)), r"mean must be a tensor \[S\], .* found shape \(\)"),
+        (lambda: Poisson(torch.tensor([-5.0])), r"mean=\[-5.0\] must be finite"),
+        (lambda: Poisson([5.0]), r"mean must be a tensor \[S\], .* found \[5.0\]"),
+    ],
+)
+def test_demand_that_cannot_be_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()

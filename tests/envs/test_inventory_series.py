@@ -105,6 +105,33 @@ def test_figures_of_splits_follow_each_other_and_end_with_the_series():
     assert cut(5, 0, 0)["test"] == Split(1, 0, 4)
 
 
+def test_what_is_told_beforehand_is_that_of_the_training_periods():
+    values = torch.tensor([[[1.0, 2.0, 3.0, 100.0], [4.0, 4.0, 4.0, -9.0]], [[3.0, 2.0, 1.0, 500.0], [4.0] * 4]])
+    demand = Series(values, 1, training=3)
+    # of 1, 2, 3, 3, 2, 1: mean 2, variance 4/5
+    assert demand.mean.tolist() == [2, 4] and demand.std.tolist() == pytest.approx([0.8**0.5, 0])
+    other = Series(values, 1)
+    assert other.mean.tolist() == [76.5, 2.375], "without a part for training, all periods count"
+    # what is to come is still drawn
+    assert demand.draw(None, Split(2, 0, 2)).demand[1, :, 0].tolist() == [1, 500]
+    assert Series(values[:1], 1, training=1).std.tolist() == [0, 0], "one number has no spread"
+    for training in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"training={training} must be 1 or more periods of the 4"):
+            Series(values, 1, training=training)
+
+
+def test_files_that_are_none_of_numbers(tmp_path):
+    (tmp_path / "a.csv").write_bytes("week,x\n1,2\n2,café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xe9 is not UTF-8; save"):
+        read_series(tmp_path / "a.csv")
+    (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "a.npy").write_bytes(b"")
+    np.save(tmp_path / "b.npy", np.array([{}]), allow_pickle=True)
+    for name in ("a.npz", "a.npy", "b.npy"):
+        with pytest.raises(ValueError, match=rf"{name} is no array of numbers as NumPy saves them"):
+            read_series(tmp_path / name)
+
+
 def test_sales_that_are_not_there_say_where_to_get_them(tmp_path, monkeypatch):
     monkeypatch.delenv("CTRLRL_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match=r"no folder was given.*CTRLRL_DATA.*Neural_inventory_control"):
@@ -122,4 +149,12 @@ def test_sales_are_read_from_the_folder_that_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CTRLRL_DATA", "/nowhere")
     problem = problems.real_stores(3, products=10, data=tmp_path)
     np.testing.assert_array_equal(problem.demand.values, sales[:10, :3])
+    # statistics are of weeks 0 to 110: the train split ends there
+    split = problem.splits["train"]
+    assert split.first + split.periods == 111
+    seen = sales[:10, :3, :111].transpose(1, 0, 2).reshape(3, -1)
+    np.testing.assert_allclose(problem.demand.mean, seen.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(problem.demand.std, seen.std(1, ddof=1), rtol=1e-5)
+    one = problems.real_one_store(series=25, data=tmp_path).demand
+    np.testing.assert_allclose(one.mean, sales.reshape(-1, 171)[:25, :111].mean(), rtol=1e-5)
     assert problem.demand.time[:, 0].tolist() == list(range(171))

@@ -314,6 +314,15 @@ def test_derivatives_of_what_is_possible_are_those_of_finite_differences(holds):
     assert torch.autograd.gradcheck(sim.feasible, (inventory.requires_grad_(), action.requires_grad_()))
 
 
+def test_what_was_first_observed_in_inference_mode_has_gradients_afterwards():
+    sim = simulator(two_stores())
+    with torch.inference_mode():
+        sim.observe(sim.view(started(sim, [[1.0], [2.0], [3.0]], [[1.0, 1.0]])))
+    obs = torch.ones(2, 6, requires_grad=True)
+    sim.observe(sim.seen(obs)).square().sum().backward()
+    assert obs.grad.tolist() == [[2.0] * 6] * 2
+
+
 # -- the beginning, and what is seen --------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ def test_a_file_is_read_as_it_is_written(tmp_path):
 
 
 def test_the_example_is_a_good_file():
+    assert read_network(files("ctrlrl_envs.inventory") / "example.yaml").initial == (0.0, 1.0)
     problem = read_network(str(files("ctrlrl_envs.inventory") / "example.yaml"))
     assert problem.network.names == ("north", "south", "depot")
     assert problem.demand.correlation == 0.5 and problem.splits["dev"] == Split(100, 60)
@@ -61,6 +62,32 @@ def test_all_that_can_be_said(tmp_path):
     assert not problem.network.warehouses[0].holds and not problem.demand.clip
     assert problem.demand.correlation == -0.5 and problem.demand.std.tolist() == [1, 0]
     assert problem.splits == {"train": Split(9), "dev": Split(9, 3), "test": Split(50)}
+
+
+def test_correlations_as_a_matrix_in_the_order_of_the_stores(tmp_path):
+    third = GOOD.replace("warehouses:", "  c: {holding_cost: 1, unmet_cost: 9}\nwarehouses:").replace(
+        "\ndemand:", "\n  - {from: depot, to: c, lead_time: 1}\ndemand:"
+    )
+    rows = [[1, 0.8, -0.3], [0.8, 1, 0.1], [-0.3, 0.1, 1]]
+    demand = read(tmp_path, third.replace("{b: 7, a: 5}", "9") + f"  correlation: {rows}\n").demand
+    assert demand.correlation.tolist() == rows
+    drawn = demand.draw(5000, Split(5), torch.Generator().manual_seed(0)).demand.flatten(0, 1)
+    np.testing.assert_allclose(np.corrcoef(drawn.T), rows, atol=0.03)
+
+
+def test_stock_at_the_start(tmp_path):
+    assert read(tmp_path, GOOD).initial == (0.0, 1.0)
+    assert read(tmp_path, GOOD + "initial: [0.5, 2]\n").initial == (0.5, 2.0)
+
+
+def test_statistics_of_recorded_demand_are_those_of_the_train_periods(tmp_path, recorded):
+    # of periods 0 to 24: 2 to look back on, 16 ignored, and 3/5 of the rest, 18 to 31
+    problem = read(tmp_path, recorded)
+    train = problem.splits["train"]
+    assert train.first + train.periods == 31 and problem.demand.mean.tolist() == [150, 15]
+    parts = "".join(f"  {name}: {{first: 2, length: {n}}}\n" for name, n in (("train", 7), ("dev", 30), ("test", 38)))
+    demand = read(tmp_path, recorded + "periods:\n" + parts).demand
+    assert demand.mean.tolist() == [40, 4] and float(demand.std[1]) == pytest.approx(7.5**0.5)
 
 
 def test_poisson_demand(tmp_path):
@@ -139,6 +166,26 @@ def test_recorded_demand_by_names_of_stores(tmp_path, recorded):
         ("normal", "poisson", 14, r"demand \(poisson\): 'std' is unknown"),
         ("  distribution: normal\n", "", 12, "distribution is missing"),
         ("  std: 2", "  std: 2\n  correlation: 1", 15, "correlation must be above -1 .with 2 stores. and below 1"),
+        ("  std: 2", "  std: 2\n  correlation: 0.5x", 15, "correlation must be a number, found '0.5x'"),
+        ("  std: 2", "  std: 2\n  correlation: [1, 0.5]", 15, "a list of 2 numbers, found '1'"),
+        ("  std: 2", "  std: 2\n  correlation: [[1, 0.5]]", 15, "correlation has 1 rows; expected .* of 2 stores"),
+        ("  std: 2", "  std: 2\n  correlation: [[1, 0.5],\n   [0.5]]", 16, "list of 2 numbers, found a list of 1"),
+        ("  std: 2", "  std: 2\n  correlation: [[1, 0.5], [0.4, 1]]", 15, "is not symmetric"),
+        ("  std: 2", "  std: 2\n  correlation: [[1, 2], [2, 1]]", 15, "is not positive definite"),
+        ("  std: 2", "  std: 2\n  correlation: [[1, 0.5], [0.5, 2]]", 15, "found the diagonal"),
+        ("std: 2", "std: 2\ninitial: 3", 15, "initial must be a list of 2 numbers, found '3'"),
+        ("std: 2", "std: 2\ninitial: [2, 1]", 15, "0 <= low <= high, found .2.0, 1.0."),
+        ("std: 2", "std: 2\ninitial: [-1, 1]", 15, "0 <= low <= high, found .-1.0, 1.0."),
+        ("std: 2", "std: 1" + 400 * "0", 14, "demand: std must be a number of at least 0"),
+        # what is not what it looks like
+        ("  b: {h", "  2020-13-45: {h", 4, "must be text .in quotes.* date.*'2020-13-45'"),
+        ("  b: {h", "  2020-12-05: {h", 4, "must be text .in quotes.* date.*'2020-12-05'"),
+        ("to: a, lead_time: 2", "to: a, lead_time: !!int x", 9, "lead_time must be a whole number .* found 'x'"),
+        ("to: a, lead_time: 2", "to: a, lead_time: !!int ''", 9, "lead_time must be a whole number .* found noth"),
+        ("cost: 0.1", "cost: !!float x", 9, "cost must be a number of at least 0, found 'x'"),
+        ("0.3}", "0.3, holds: !!bool x}", 6, "holds must be true or false, found 'x'"),
+        ("  b: {h", "  !!timestamp b: {h", 4, "must be text"),
+        ("std: 2", "std: \x07", 14, "this is no YAML: special characters are not allowed"),
         ("lead_time: 3}", "lead_time: 3", 9, "this is no YAML"),
         ("unmet_demand: lost", "unmet_demand: !!python/name:os.system x", 1, "unmet_demand must be"),
         ("std: 2", "std: 2\nperiods: {train: {length: 5}}", 15, "periods: dev is missing"),
@@ -175,6 +222,25 @@ def test_periods_that_leave_no_figures_are_refused(tmp_path):
     part = "{length: 5, ignored: 5}"
     with pytest.raises(NetworkError, match="line 15: periods of train: all 5 periods are ignored"):
         read(tmp_path, GOOD + f"periods: {{train: {part}, dev: {part}, test: {part}}}\n")
+
+
+def test_files_that_cannot_be_read(tmp_path, recorded):
+    with pytest.raises(NetworkError, match=f"{tmp_path} is a folder; expected a YAML file"):
+        read_network(tmp_path)
+    (tmp_path / "net.yaml").write_bytes(GOOD.replace("  b: {h", "  café: {h").encode("latin-1"))
+    with pytest.raises(NetworkError, match=r"net\.yaml, line 4: byte 0xe9 is not UTF-8"):
+        read_network(tmp_path / "net.yaml")
+    (tmp_path / "net.yaml").write_text("\ufeff" + GOOD)
+    assert read_network(tmp_path / "net.yaml").network.names == ("a", "b", "depot")
+    (tmp_path / "sales.csv").write_bytes(b"b,a\n1,2\n\xff,3\n")
+    with pytest.raises(NetworkError, match=r"net\.yaml, line 13: demand: file: .*sales\.csv, line 3: byte 0xff"):
+        read(tmp_path, recorded)
+
+
+@pytest.mark.parametrize("wrong", [(), (None,), ("",), ({"stores": 3},)])
+def test_a_network_must_be_named(wrong):
+    with pytest.raises(NetworkError, match=r"network=.* must be the path of a YAML file"):
+        read_network(*wrong)
 
 
 def test_files_that_are_not_there(tmp_path, recorded):

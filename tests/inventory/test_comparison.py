@@ -12,11 +12,14 @@ from ctrlrl_envs.inventory import Inventory, InventorySimulator, problems
 from ctrlrl_envs.inventory.demand import Demand, Drawn, Series, Split
 from ctrlrl_envs.inventory.network import Link, Network, Store, Warehouse
 from ctrlrl_envs.inventory.simulator import Problem
+from helpers.agents import quiet, tiny
 from torch import nn
 
+from ctrlrl import api
 from ctrlrl.inventory import comparison, optimal
-from ctrlrl.inventory.comparison import begin, compare, play
+from ctrlrl.inventory.comparison import begin, behind, compare, play
 from ctrlrl.inventory.policies import base as policies
+from ctrlrl.types import EnvSpec
 
 DATA = Path(os.environ.get("CTRLRL_DATA", Path(__file__).parents[3] / "shared/data"))
 
@@ -147,8 +150,8 @@ def test_rounding_never_sends_what_is_not_there():
 
 
 def test_the_best_base_stock_level_has_no_gap_and_another_that_of_the_closed_form():
-    simulator = InventorySimulator(problems.one_store_backlogged(lead_time=2, clip=False))
-    mean, std = 15.0, 1.6 * 3**0.5
+    simulator = InventorySimulator(problems.one_store_backlogged(lead_time=2, std=1.2, clip=False))
+    mean, std = 15.0, 1.2 * 3**0.5
     best = optimal.newsvendor(mean, std, 1.0, 9.0)
     found = compare(order_up_to(best.level), simulator, scenarios=2000)
     assert found.known == {"optimum": pytest.approx(best.cost)} and found.best == ("optimum", found.known["optimum"])
@@ -280,6 +283,51 @@ def test_wrappers_that_rescale_actions_are_done_to_them():
     twice = gym.wrappers.RescaleAction(env, np.float32(0.0), np.float32(1.0))
     found = compare(Asks(*(np.array([4.0, 3.0]) / high)), twice, scenarios=2)
     assert found.links == pytest.approx(17.0)
+
+
+def test_scaled_actions_are_the_flows_that_the_environment_takes_them_for():
+    """The mean flow of both links is 2.25, the mean of demand 1, 1, 5, 2."""
+    env = Inventory(Problem("chain", *_parts(chain())), scale_actions=True)
+    scaled = (np.array([4.0, 3.0]) / 2.25 - 1) / 2
+    found = compare(Asks(*scaled), env, scenarios=2)
+    assert found.links == pytest.approx(17.0) and found.unmet == pytest.approx(10.0)
+    halved = gym.wrappers.RescaleAction(env, np.float32(-0.5), np.float32(0.5))
+    found = compare(Asks(*(scaled / 2)), gym.wrappers.TimeLimit(halved, 3), scenarios=2)
+    assert found.links == pytest.approx(17.0) and found.unmet == pytest.approx(10.0)
+    with pytest.raises(ValueError, match=r"shape \(2, 1\); expected one number for each of 2 links"):
+        compare(Asks(1.0), env, scenarios=2)
+
+
+def test_policies_of_views_give_flows_whatever_the_environment_does_to_actions():
+    env = Inventory(Problem("chain", *_parts(chain())), scale_actions=True)
+    level = order_up_to(5.0)
+    for outer in (env, gym.wrappers.RescaleAction(env, np.float32(0.0), np.float32(9.0))):
+        assert behind(level, outer) is level
+    oracle = just_in_time(env.simulator)
+    assert compare(oracle, env, scenarios=2).cost == compare(oracle, env.simulator, scenarios=2).cost
+
+
+@pytest.mark.parametrize("method", ["ppo", "reinforce"])
+def test_agents_of_other_methods_train_on_scaled_actions_and_are_compared_as_they_play(method):
+    spec = EnvSpec("ctrlrl/OneStoreBacklogged-v0", {"lead_time": 1, "scale_actions": True}, n_envs=2)
+    small = {"n_groups": 2, "group_size": 2, "actor_hidden": (8,), "device": "cpu", "threads": 1, "eval_every": None}
+    agent = api.make(method, spec, **(small if method == "reinforce" else tiny(method)))
+    before = [p.detach().clone() for p in agent.policy.parameters()]
+    quiet(agent, 200)
+    assert not all(torch.equal(x, y) for x, y in zip(before, agent.policy.parameters(), strict=True))
+    env = gym.make("ctrlrl/OneStoreBacklogged-v0", lead_time=1, scale_actions=True, split="test")
+    found = compare(agent, env, scenarios=1)
+    # the same scenario, through the environment itself
+    inner, state = env.unwrapped, begin(env.unwrapped.simulator, "test", 1, 0)
+    obs, _ = env.reset(options={"inventory": state.inventory[0]})
+    inner._state = state
+    act, costs = agent.session(None), []
+    for _ in range(inner.periods):
+        action = act(obs[None], np.arange(1))[0]
+        obs, _, _, _, info = env.step(action)
+        assert info["sent"] == pytest.approx(np.maximum(5.0 * (1 + 2 * action), 0.0), abs=1e-4)
+        costs.append(info["cost"])
+    assert found.cost == pytest.approx(np.mean(costs[300:]), rel=1e-4)
 
 
 def _parts(simulator):

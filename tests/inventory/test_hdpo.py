@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 
 import gymnasium as gym
 import hdpo_parts
@@ -23,7 +24,7 @@ from ctrlrl.inventory import hdpo
 from ctrlrl.inventory.comparison import begin
 from ctrlrl.inventory.hdpo_config import HDPOConfig, HDPOSettings
 from ctrlrl.inventory.policies.base import InventoryPolicyConfig
-from ctrlrl.run import cli
+from ctrlrl.run import cli, inventory_figures
 
 QUIET = {"progress": False, "tensorboard": False}
 SMALL = {"batch_size": 16, "dev_scenarios": 16, "iteration_steps": 2, "dev_every": 2, "eval_every": None}
@@ -316,6 +317,31 @@ def test_a_simulator_that_lacks_something_or_is_wrapped_is_refused():
 
 
 @pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda env: gym.wrappers.RescaleAction(env, -1.0, 1.0),
+        gym.wrappers.ClipAction,
+        gym.wrappers.NormalizeObservation,
+        lambda env: gym.wrappers.TransformObservation(env, lambda obs: -obs, env.observation_space),
+        lambda env: gym.wrappers.RecordEpisodeStatistics(gym.wrappers.NormalizeObservation(env)),
+    ],
+    ids=["rescaled actions", "clipped actions", "normalised observations", "other observations", "further inside"],
+)
+def test_wrappers_that_change_what_is_sent_or_seen_are_refused(wrap):
+    """They keep shapes, and what hdpo would order is not what the environment would be told."""
+    with pytest.raises(TypeError, match=r"changes actions or observations.*leave it out"):
+        ctrlrl.HDPO(wrap(gym.make("ctrlrl/OneStoreLost-v0")))
+
+
+def test_actions_that_are_no_amounts_are_refused_and_harmless_wrappers_are_not():
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(ID))
+    assert ctrlrl.HDPO(env, policy=RANDOM).simulator is env.unwrapped.simulator
+    env.unwrapped.scale_actions = True
+    with pytest.raises(TypeError, match="leave scale_actions out"):
+        ctrlrl.HDPO(env, policy=RANDOM)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"policy": "base_stok"}, "base_stock"),
@@ -349,11 +375,29 @@ def test_a_gradient_that_is_not_finite_ends_training_and_spoils_nothing(monkeypa
 
 def test_it_is_listed_and_made_by_name():
     method = api.methods()["hdpo"]
-    assert method.family == "inventory" and "arXiv:2306.11246" in method.paper and method.presets == ("paper",)
+    assert method.family == "inventory" and "arXiv:2306.11246" in method.paper and method.presets == ("paper", "real")
     assert ctrlrl.HDPO is method.agent is api.get_method("hdpo") and "HDPO" in dir(ctrlrl)
     made = ctrlrl.make("hdpo", ID, policy="base_stock", preset="paper", restarts=2)
     assert made.own.learning_rate == 0.5 and made.own.restarts == 2 and made.config.scenarios == 32768
     assert made.config.batch_size == 8192 and made.own.patience == 2000 and made.own.schedule == "constant"
+
+
+def test_the_settings_for_recorded_sales():
+    config, own = hdpo.HDPO.blueprint("real")
+    assert (config.batch_size, config.network.hidden, config.network.graph_width) == (72, (64, 64), 64)
+    assert config.network.order_bound == 10.0 and own.learning_rate is own.patience is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "line"),
+    [("cost", "Lowest cost on the dev scenarios: -5.2500"), ("profit", "Highest profit on the dev scenarios: 5.2500")],
+)
+def test_a_run_ends_with_its_lowest_cost_or_its_highest_profit(objective, line, tmp_path, capsys):
+    network = types.SimpleNamespace(objective=objective)
+    cli._finish(
+        types.SimpleNamespace(run_dir=tmp_path, best_cost=-5.25, simulator=types.SimpleNamespace(network=network))
+    )
+    assert line in capsys.readouterr().out
 
 
 def test_the_paper_waits_for_500_epochs():
@@ -371,7 +415,7 @@ def test_every_setting_has_one_meaning():
         assert group.__dataclass_params__.frozen
 
 
-def test_the_command_line_trains_shows_settings_and_resumes(tmp_path, capsys):
+def test_the_command_line_trains_shows_settings_and_resumes(tmp_path, capsys, monkeypatch):
     words = ["train", "hdpo", "--env", ID, "--policy", "base_stock", "--steps", "4", "--root", str(tmp_path), "--quiet"]
     small = ["--batch-size", "8", "--dev-scenarios", "8", "--dev-every", "2", "--hidden", "8", "8"]
     assert cli.main([*words, *small]) == 0
@@ -382,6 +426,9 @@ def test_the_command_line_trains_shows_settings_and_resumes(tmp_path, capsys):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {"train/cost", "train/grad_norm", "dev/cost", "dev/best"} <= metrics[0].keys()
     assert cli.main(["train", "--resume", str(run)]) == 0 and "is finished" in capsys.readouterr().out
+    monkeypatch.setattr(inventory_figures, "picture", lambda *_: b"png")
+    assert cli.main(["eval", str(run), "--episodes", "2", "--scenarios", "2"]) == 0
+    assert "2 deterministic episodes of the train split" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["train", "hdpo", "--help"])
     shown = capsys.readouterr().out

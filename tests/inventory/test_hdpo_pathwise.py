@@ -6,7 +6,15 @@ import hdpo_parts
 import pytest
 import torch
 
-from ctrlrl.inventory.pathwise import Descent, as_compared, recorded, rows, total_cost
+from ctrlrl.inventory.pathwise import (
+    Descent,
+    as_compared,
+    available_memory,
+    recorded,
+    rows,
+    saved_by_a_period,
+    total_cost,
+)
 from ctrlrl.inventory.policies.base import Demanded, InventoryPolicyConfig, build
 
 
@@ -52,6 +60,30 @@ def test_recomputing_changes_nothing(recompute):
         found.append((cost.detach(), *torch.autograd.grad(cost, [policy.theta])))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-5) and one != 0.0
+
+
+def test_a_period_keeps_what_its_gradient_needs_once():
+    """Products of B numbers: each needs its factors, of which demand and the weight are those of all periods."""
+    batch, theta = 24, torch.nn.Parameter(torch.ones(()))
+
+    class Products:
+        demand = torch.rand(batch, 50)
+
+        def view(self, state, clairvoyant):
+            return state[0]
+
+        def step(self, state, action):
+            stock, period = state
+            left = stock * action * self.demand[:, period]
+            return (left, period + 1), left
+
+    # stock, which two of them need, and what is ordered
+    assert saved_by_a_period(Products(), lambda stock: stock * theta, (torch.ones(batch), 0)) == 2 * 4 * batch
+
+
+def test_the_memory_that_is_free_is_that_of_a_machine():
+    free = available_memory(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
 
 
 def test_orders_are_rounded_only_where_demand_is_of_whole_units():

@@ -9,7 +9,7 @@ from ctrlrl_envs.inventory.demand import Normal, Poisson, Series
 from ctrlrl_envs.inventory.network import Link, Network, Store, Warehouse
 from ctrlrl_envs.inventory.simulator import Problem
 
-from ctrlrl.inventory.optimal import known
+from ctrlrl.inventory.optimal import known, lost_sales_store
 
 
 def normal(*mean, std=1.6, **more):
@@ -44,8 +44,12 @@ def optimum(network, demand):
     return known(Problem("problem", network, demand)).get("optimum")
 
 
+def bound(network, demand):
+    return known(Problem("problem", network, demand)).get("lower_bound")
+
+
 def test_one_store_backlogged():
-    assert optimum(direct(), normal(5.0, clip=False)) == pytest.approx(6.2788, abs=5e-5)
+    assert optimum(direct(), normal(8.0, clip=False)) == pytest.approx(6.2788, abs=5e-5)
     assert optimum(direct(), normal(5.0)) == pytest.approx(6.2769, abs=5e-5)
 
 
@@ -58,13 +62,32 @@ def test_independent_stores_cost_the_mean_of_single_ones():
     assert optimum(lost, Poisson(torch.full((4,), 5.0))) == pytest.approx(6.5314, abs=1e-4)
     stores = (Store("a", 1.0, 9.0), Store("b", 1.0, 4.0))
     mixed = Network(stores, (), (Link("supplier", "b", 1), Link("supplier", "a", 4)))
-    alike = normal(5.0, 5.0, clip=False, correlation=0.5)
+    alike = normal(8.0, 8.0, clip=False, correlation=0.5)
     assert optimum(mixed, alike) == pytest.approx((6.2788 + 3.1674) / 2, abs=1e-4)
 
 
 def test_chain_in_any_order_of_places():
     assert optimum(chain(), normal(5.0, std=2.0)) == pytest.approx(10.734, abs=6e-4)
-    assert optimum(chain(), normal(5.0, std=2.0, clip=False)) == pytest.approx(10.762, abs=6e-4)
+    assert optimum(chain(), normal(8.0, std=2.0, clip=False)) == pytest.approx(10.762, abs=6e-4)
+
+
+def test_demand_that_is_often_negative_has_but_a_bound():
+    """The best base-stock level of N(5, 10) costs 41.75: goods that come back cannot be sent on."""
+    often = normal(5.0, std=10.0, clip=False)
+    assert bound(direct(), often) == pytest.approx(39.243, abs=6e-4) and optimum(direct(), often) is None
+    assert bound(chain(), normal(5.0, std=2.0, clip=False)) == pytest.approx(10.762, abs=6e-4)
+    # one such store among others is enough
+    mixed = Normal(torch.tensor([5.0, 5.0]), torch.tensor([1.0, 2.0]), clip=False)
+    assert bound(direct(2), mixed) is not None and optimum(direct(2), mixed) is None
+    assert optimum(direct(), normal(5.0, std=10.0)) > 15.0 and bound(direct(), normal(5.0, std=10.0)) is None
+
+
+def test_what_has_been_solved_is_not_solved_again():
+    assert lost_sales_store(4.0, 1.0, 9.0, 2) is lost_sales_store(4.0, 1.0, 9.0, 2)
+    before = lost_sales_store.cache_info().misses
+    for _ in range(2):
+        optimum(direct(lead_time=2, unmet_demand="lost"), Poisson(torch.tensor([3.0])))
+    assert lost_sales_store.cache_info().misses == before + 1
 
 
 def test_transshipment_has_a_bound():

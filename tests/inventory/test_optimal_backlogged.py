@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -180,6 +181,28 @@ def test_results_do_not_depend_on_units_or_on_the_grid():
     assert coarse.cost == pytest.approx(fine.cost, rel=3e-5) and grams.cost == pytest.approx(1000 * coarse.cost)
     steady = serial_chain([1, 0.5], [4, 3], 9, 500, 2)  # a mean far above the deviation only moves the levels
     assert steady.cost == pytest.approx(serial_chain([1, 0.5], [4, 3], 9, 20, 2).cost, rel=1e-6)
+
+
+def test_memory_does_not_grow_with_the_mean_and_clipping_stays_where_it_is():
+    tracemalloc.start()
+    steady = backlogged_store(5, 2e-3, 1, 9, 4, clip=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    exact = newsvendor(25, 2e-3 * math.sqrt(5), 1, 9)
+    assert steady.cost == pytest.approx(exact.cost, rel=2e-5) and steady.level == pytest.approx(exact.level, abs=1e-4)
+    assert peak < 5e6
+    # demand that is clipped more often than not, by draws
+    best = backlogged_store(1.0, 5.0, 1, 9, 2, clip=True)
+    demand = np.random.default_rng(0).normal(1.0, 5.0, (200_000, 3)).clip(0.0).sum(1)
+    costs = [(h := level - demand).clip(0).mean() + 9 * (-h).clip(0).mean() for level in (best.level, best.level + 1)]
+    assert costs[0] == pytest.approx(best.cost, rel=0.01) and best.level == pytest.approx(
+        np.quantile(demand, 0.9), 0.01
+    )
+    assert costs[0] < costs[1]
+
+
+def test_a_chain_that_is_solved_is_remembered():
+    assert clark_scarf([1.0, 0.5], [2, 3], 9.0, 5.0, 2.0) is clark_scarf((1.0, 0.5), (2, 3), 9.0, 5.0, 2.0)
 
 
 @pytest.mark.parametrize("places", [2, 4])

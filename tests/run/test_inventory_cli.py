@@ -2,11 +2,12 @@
 
 import json
 
+import gymnasium as gym
 import matplotlib.image
 import numpy as np
 import pytest
 from ctrlrl_envs.inventory import InventorySimulator, problems
-from helpers.agents import NOISY, make
+from helpers.agents import NOISY, make, quiet
 
 from ctrlrl import api
 from ctrlrl.inventory import optimal
@@ -102,6 +103,37 @@ def test_wrappers_that_rescale_actions_are_no_obstacle_and_others_are_named(run,
     assert status == 0 and "no cost per store and period: NormalizeObservation stands between" in out
     status, _, err = run("eval", folder, "--scenarios", 3)
     assert status == 2 and "--scenarios is for runs on inventory networks; NormalizeObservation stands" in err
+
+
+def test_losses_on_whole_episodes_train_without_a_horizon_and_scaled_actions_are_compared(
+    run, tmp_path, monkeypatch, no_picture
+):
+    monkeypatch.chdir(tmp_path)
+    small = ("--n-groups", 2, "--group-size", 2, "--actor-hidden", 8, "--device", "cpu", "--quiet")
+    kwargs = {"lead_time": 1, "scale_actions": True}
+    words = ("--env", LOST, "--env-kwargs", json.dumps(kwargs), "--steps", 400, "--root", tmp_path / "runs")
+    status, out, err = run("train", "reinforce", *words, *small)
+    assert status == 0, err
+    (folder,) = (p.parent for p in (tmp_path / "runs").rglob("config.json"))
+    status, out, err = run("eval", folder, "--episodes", 1, "--scenarios", 5)
+    assert status == 0, err
+    found = compare(api.load(folder), gym.make(LOST, **kwargs), scenarios=5)
+    assert f"cost per store and period {found.cost:.5g}, " in out
+    # at 0 it orders about the mean demand of 5; of orders of about 0 nearly all of 45 is unmet
+    assert found.unmet < 15.0
+
+
+def test_episodes_without_any_limit_are_refused_with_the_setting_that_gives_one(run, tmp_path):
+    words = ("--env", "ctrlrl/OneStateBump-v0", "--steps", 100, "--root", tmp_path, "--device", "cpu")
+    status, _, err = run("train", "reinforce", *words)
+    assert status != 0 and "set horizon, the longest episode (on the command line --horizon" in err
+
+
+def test_a_live_vector_of_networks_says_its_limit():
+    many = gym.make_vec(LOST, num_envs=4, vectorization_mode="vector_entry_point", max_episode_steps=7)
+    agent = api.make("reinforce", many, n_groups=2, group_size=2, actor_hidden=(8,), device="cpu", eval_every=None)
+    quiet(agent, 28)
+    assert agent.steps == 4 * 7
 
 
 def test_a_run_elsewhere_has_no_such_lines_and_its_options_are_refused(run, tmp_path):

@@ -24,9 +24,10 @@ class EchelonStock(InventoryPolicy):
     """Each place of a chain orders what its echelon lacks to a level, as far as the place above has it on hand.
 
     The echelon of a place is all that is in it, on its way to it, and further down the chain. Optimal for backlogged
-    demand (Clark and Scarf 1960). Levels are sums, from the store upwards, of increments ``softplus(theta + 10)``: a
-    level of their own for each would lead into bad local minima (Alvo et al., arXiv:2306.11246). Parameters start
-    uniform in (-1, 1), so levels near 10, 20, ...: generous for demand of about 5 and lead times of a few periods.
+    demand (Clark and Scarf 1960). Levels are sums, from the store upwards, of increments ``softplus(theta + 10)``, in
+    fifths of mean demand: a level of their own for each would lead into bad local minima (Alvo et al.,
+    arXiv:2306.11246). Parameters start uniform in (-1, 1), so levels near 2, 4, ... periods of demand. The paper's
+    increments are in units of stock, whatever demand is; its problems have a mean of 5, where both are the same.
 
     Raises:
         PolicyError: The network is not a chain: supplier, warehouses one after another, one store.
@@ -35,6 +36,7 @@ class EchelonStock(InventoryPolicy):
     learning_rate = 0.5
     chain: Tensor
     rank: Tensor
+    unit: Tensor
 
     def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
         super().__init__(network, demand, config)
@@ -49,12 +51,13 @@ class EchelonStock(InventoryPolicy):
             link.append(network.targets.index(source))
         self.register_buffer("chain", torch.tensor([network.targets[e] for e in link]), persistent=False)
         self.register_buffer("rank", torch.tensor(link).argsort(), persistent=False)
+        self.register_buffer("unit", demand.mean[0].float().clamp_min(1e-6) / 5.0, persistent=False)
         self.theta = nn.Parameter(torch.empty(places).uniform_(-1.0, 1.0))
 
     @property
     def levels(self) -> Tensor:
         """[N] of the echelons, from the store upwards."""
-        return softplus(self.theta + 10.0).cumsum(0)
+        return self.unit * softplus(self.theta + 10.0).cumsum(0)
 
     def set_levels(self, levels: Sequence[float] | Tensor) -> None:
         """Take these levels, from the store upwards: those of Clark and Scarf, or any others.
@@ -69,7 +72,7 @@ class EchelonStock(InventoryPolicy):
                 f"levels {given.tolist()} must be {len(self.theta)} numbers above 0 that rise from the store upwards"
             )
         with torch.no_grad():
-            self.theta.copy_(inverse_softplus(steps) - 10.0)
+            self.theta.copy_(inverse_softplus(steps / self.unit) - 10.0)
 
     def forward(self, view: View) -> Tensor:
         """[B, E], see InventoryPolicy."""

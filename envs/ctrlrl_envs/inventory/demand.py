@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,10 +57,36 @@ class Demand(ABC):
         """``count`` scenarios of ``split.periods`` periods; None of a recorded series takes each of them once."""
 
 
-def per_store(value: float | Sequence[float], stores: int) -> Tensor:
-    """[S] float32 of a number for all or one for each."""
-    given = torch.as_tensor(value, dtype=torch.float32)
-    return given.expand(stores).clone() if given.ndim == 0 else given
+def per_store(value: float | Sequence[float] | Tensor, stores: int, name: str = "value") -> Tensor:
+    """[S] float32 of a number for all or one for each.
+
+    Raises:
+        ValueError: Other shapes, or numbers below 0 or not finite; the message calls them ``name``.
+    """
+    try:
+        given = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.tensor(-1.0)
+    if given.shape not in ((), (stores,)) or not _amounts(given):
+        raise ValueError(f"{name}={value!r} must be a finite number of at least 0, or {stores} of them, by store")
+    return given.expand(stores).clone()
+
+
+def _amounts(given: Tensor) -> bool:
+    return bool(((given >= 0.0) & (given < torch.inf)).all())
+
+
+def _check_stores(**given: Tensor) -> None:
+    """Each is [S] with the same S, finite and not negative."""
+    stores = None
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.ndim != 1 or not len(value) or len(value) != (stores or len(value)):
+            expected = "[S], a number of each store" if stores is None else f"[{stores}], as many as before it"
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name} must be a tensor {expected}; found {found}")
+        if not _amounts(value):
+            raise ValueError(f"{name}={value.tolist()} must be finite numbers of at least 0")
+        stores = len(value)
 
 
 @dataclass
@@ -69,19 +96,52 @@ class Normal(Demand):
     Args:
         mean: [S].
         std: [S].
-        correlation: Between each two stores.
+        correlation: Between each two stores; a number, or their matrix [S, S], before negative demand is clipped.
         clip: Take negative demand for none.
+
+    Raises:
+        ValueError: Something negative, not finite or of another shape, or correlations that cannot be.
     """
 
     mean: Tensor
     std: Tensor
-    correlation: float = 0.0
+    correlation: float | Tensor | np.ndarray = 0.0
     clip: bool = True
 
     def __post_init__(self) -> None:
+        _check_stores(mean=self.mean, std=self.std)
+        self._factor = self._root().float()
+
+    def _root(self) -> Tensor:
+        """[S, S] float64, lower triangular: what turns independent noise into correlated one."""
         stores = len(self.mean)
-        matrix = self.correlation + (1.0 - self.correlation) * torch.eye(stores, dtype=torch.float64)
-        self._factor = torch.linalg.cholesky(matrix).float()
+        try:
+            given = torch.as_tensor(self.correlation).to("cpu", torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            self._refuse(f"{self.correlation!r}")
+        unit = torch.eye(stores, dtype=torch.float64)
+        if given.ndim == 0:
+            # below this, the variance of the sum of all would be negative
+            if not -1.0 / max(stores - 1, 1) < float(given) < 1.0:
+                self._refuse(f"{self.correlation!r}")
+            given = given + (1.0 - given) * unit
+        elif given.shape != (stores, stores):
+            self._refuse(f"numbers of shape {tuple(given.shape)}")
+        elif not torch.allclose(given.diagonal(), unit.diagonal(), rtol=0.0, atol=1e-6):
+            self._refuse(f"the diagonal {given.diagonal().tolist()}")
+        elif not torch.allclose(given, given.T, rtol=0.0, atol=1e-6):
+            self._refuse("a matrix that is not symmetric")
+        root, failed = torch.linalg.cholesky_ex(given)
+        if failed:
+            self._refuse("one that is not positive definite: no demand has such correlations")
+        return root
+
+    def _refuse(self, found: str) -> NoReturn:
+        stores = len(self.mean)
+        raise ValueError(
+            f"correlation must be above {-1.0 / max(stores - 1, 1):.4g} (with {stores} stores) and below 1, or a "
+            f"symmetric matrix [{stores}, {stores}] with ones on its diagonal; found {found}"
+        )
 
     def draw(self, count: int | None, split: Split, generator: torch.Generator | None = None) -> Drawn:
         if count is None:
@@ -99,6 +159,7 @@ class Poisson(Demand):
     integer = True
 
     def __post_init__(self) -> None:
+        _check_stores(mean=self.mean)
         self.std = self.mean.sqrt()
 
     def draw(self, count: int | None, split: Split, generator: torch.Generator | None = None) -> Drawn:
@@ -117,16 +178,25 @@ class Series(Demand):
         window: Periods before a scenario's first that policies see.
         time: [W, F] features of the periods.
         unmet: [K, S] costs of unmet demand (prices) of each series.
+        training: First periods, up to the end of the train split, of which mean and std are taken, and all else that
+            policies and environments are told beforehand; None is all periods.
+
+    Raises:
+        ValueError: There are not so many periods.
     """
 
     values: Tensor
     window: int = 16
     time: Tensor | None = None
     unmet: Tensor | None = None
+    training: int | None = None
 
     def __post_init__(self) -> None:
-        flat = self.values.transpose(1, 2).flatten(0, 1)
-        self.mean, self.std = flat.mean(0), flat.std(0)
+        periods = self.values.shape[2]
+        if self.training is not None and not 1 <= self.training <= periods:
+            raise ValueError(f"training={self.training} must be 1 or more periods of the {periods} of these series")
+        flat = self.values[:, :, : self.training].transpose(1, 2).flatten(0, 1)
+        self.mean, self.std = flat.mean(0), flat.std(0, correction=min(1, len(flat) - 1))
         self.features = 0 if self.time is None else self.time.shape[1]
 
     def draw(self, count: int | None, split: Split, generator: torch.Generator | None = None) -> Drawn:

@@ -39,8 +39,12 @@ class Inventory(gym.Env[np.ndarray, np.ndarray]):
     are made possible: where more is asked of a warehouse than it has, each of its links gets the same share of its
     wish; a warehouse that cannot hold sends all it has. ``high`` is four times a large demand of a period (the largest
     of a recorded series; mean and three standard deviations of a distribution), summed over the stores that a link
-    leads to: far more than is ever worth it. Agents that act around 0 do better behind
-    ``gymnasium.wrappers.RescaleAction``.
+    leads to: far more than is ever worth it.
+
+    With ``scale_actions``, for agents that start around 0 (PPO, SAC, those of other libraries):
+    ``Box(-1, 1, (links,), float32)``, where an action ``a`` asks for the flow ``mean_flow * (1 + 2 a)``, and for 0
+    where that is negative. At 0 the mean demand flows through the network: see :func:`mean_flows` (of recorded series
+    it is the mean of all products). :meth:`flows` turns actions into flows.
 
     ## Observation space
 
@@ -65,23 +69,30 @@ class Inventory(gym.Env[np.ndarray, np.ndarray]):
     Stock at stores is drawn by ``reset`` as the problem says, warehouses are empty; demand of the whole episode is
     drawn, too (of recorded series: one product). ``reset(options={"inventory": [N, L]})`` sets the stock.
 
+    Orders and stock are never rounded here. Figures of ``ctrlrl eval`` and ``ctrlrl.inventory.comparison`` round both
+    to whole units where demand is of whole units, as the studies do; so they differ a little from rewards.
+
     ## Episode end
 
-    Never terminated; truncated after the periods of the split. ``simulator.problem.splits`` says how many of these the
-    studies leave out of their figures.
+    Never terminated; truncated after the periods of the split, ``max_episode_steps``. ``simulator.problem.splits`` says
+    how many of these the studies leave out of their figures.
 
     Args:
         problem: One of these, or the name of a function of :mod:`ctrlrl_envs.inventory.problems`, or ``network``.
         split: Whose periods: ``train``, ``dev`` or ``test``.
+        scale_actions: Actions in [-1, 1] instead of amounts, see above.
         kwargs: Arguments of that function; for ``network``, ``network=`` the path of a YAML file.
 
     Raises:
-        ValueError: No such problem or split, or what its function refuses.
+        ValueError: No such problem or split, or what its function refuses; actions of another shape, or not finite.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as gymnasium declares it
 
-    def __init__(self, problem: str | Problem = "one_store_lost", split: str = "train", **kwargs: Any) -> None:
+    def __init__(
+        self, problem: str | Problem = "one_store_lost", split: str = "train", *, scale_actions: bool = False,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         if not isinstance(problem, str):
             if kwargs:
                 raise ValueError(f"{', '.join(kwargs)}: a problem that is made already takes no arguments")
@@ -94,7 +105,12 @@ class Inventory(gym.Env[np.ndarray, np.ndarray]):
             raise ValueError(f"split={split!r} is unknown; this problem has {', '.join(made.splits)}")
         self.simulator = InventorySimulator(made)
         self.split, self.periods = split, made.splits[split].periods
-        self.action_space = gym.spaces.Box(0.0, highest_orders(made), dtype=np.float32)
+        self.max_episode_steps = self.periods
+        self.scale_actions, self._mean_flows = scale_actions, mean_flows(made)
+        if scale_actions:
+            self.action_space = gym.spaces.Box(-1.0, 1.0, (len(made.network.links),), np.float32)
+        else:
+            self.action_space = gym.spaces.Box(0.0, highest_orders(made), dtype=np.float32)
         generator = torch.Generator().manual_seed(0)
         size = self.simulator.observe(self.simulator.view(self.simulator.reset(1, None, generator, split))).shape[1]
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
@@ -115,10 +131,10 @@ class Inventory(gym.Env[np.ndarray, np.ndarray]):
         state = self._state
         if state is None or state.period >= self.periods:
             raise gym.error.ResetNeeded("call reset() before step()")
-        wish = torch.as_tensor(np.asarray(action, dtype=np.float32))
-        if wish.shape != self.action_space.shape:
-            raise ValueError(f"action has shape {tuple(wish.shape)}; expected {self.action_space.shape}")
-        simulator = self.simulator
+        given = np.asarray(action, dtype=np.float32)
+        if given.shape != self.action_space.shape:
+            raise ValueError(f"action has shape {given.shape}; expected {self.action_space.shape}")
+        wish, simulator = torch.from_numpy(self.flows(given)), self.simulator
         view, demand = simulator.view(state), state.drawn.demand[:, state.period]
         sent = simulator.feasible(view.inventory, wish[None])
         parts = cost_parts(simulator, view.inventory, view.unmet_cost, sent, demand)
@@ -128,6 +144,27 @@ class Inventory(gym.Env[np.ndarray, np.ndarray]):
         info: dict[str, Any] = {"cost": per_store} | {name: float(part) for name, part in parts.items()}
         info |= {"demand": demand[0].numpy(), "sent": sent[0].numpy()}
         return self._observation(state), -per_store, False, state.period >= self.periods, info
+
+    def flows(self, action: Any) -> np.ndarray:
+        """[..., links] float32: the flows that actions [..., links] ask for; themselves without ``scale_actions``.
+
+        Raises:
+            ValueError: One is not finite; the message says on which link.
+        """
+        asked = np.array(action, dtype=np.float32)
+        if asked.shape[-1:] != self._mean_flows.shape:
+            raise ValueError(
+                f"actions have shape {asked.shape}; expected one number for each of {len(self._mean_flows)} links. "
+                "Was the policy trained on another network?"
+            )
+        if not np.isfinite(asked).all():
+            where = tuple(np.argwhere(~np.isfinite(asked))[0])
+            link = self.simulator.network.links[where[-1]]
+            raise ValueError(
+                f"the action of link {link.source} -> {link.target} is {asked[where]}; expected a finite number. "
+                "Did the policy diverge?"
+            )
+        return np.maximum(self._mean_flows * (1.0 + 2.0 * asked), 0.0) if self.scale_actions else asked
 
     def _observation(self, state: State) -> np.ndarray:
         view = self.simulator.view(state)
@@ -142,9 +179,10 @@ class Inventory(gym.Env[np.ndarray, np.ndarray]):
 
 
 def highest_orders(problem: Problem) -> np.ndarray:
-    """[E] float32: bounds of the action space."""
+    """[E] float32: bounds of the action space, four times a large demand: of a series the largest to train on."""
     network, demand = problem.network, problem.demand
-    large = demand.values.amax((0, 2)) if isinstance(demand, Series) else demand.mean + 3.0 * demand.std
+    recorded = isinstance(demand, Series)
+    large = demand.values[:, :, : demand.training].amax((0, 2)) if recorded else demand.mean + 3.0 * demand.std
 
     def reached(place: int) -> set[int]:
         if place < len(network.stores):
@@ -152,6 +190,22 @@ def highest_orders(problem: Problem) -> np.ndarray:
         return set().union(*(reached(network.targets[link]) for link in network.leaving(place)))
 
     return np.array([4.0 * float(large[sorted(reached(target))].sum()) for target in network.targets], np.float32)
+
+
+def mean_flows(problem: Problem) -> np.ndarray:
+    """[E] float32: what goes along each link when just the mean demand flows through the network.
+
+    It is the mean demand downstream of the link's target, of which each of the links that lead to that target carries
+    the same share: a store needs its own mean demand, a warehouse what goes along the links that leave from it.
+    """
+    network, demand = problem.network, problem.demand.mean.clamp_min(0.0).tolist()
+
+    def flow(link: int) -> float:
+        place = network.targets[link]
+        needed = demand[place] if place < len(demand) else sum(map(flow, network.leaving(place)))
+        return needed / len(network.arriving(place))
+
+    return np.array([flow(link) for link in range(len(network.links))], np.float32)
 
 
 def new_generator(rng: np.random.Generator) -> torch.Generator:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from math import inf
+from numbers import Real
+from typing import Any, Literal
 
 SUPPLIER = "supplier"
 """Source of links from outside, which never runs out."""
@@ -76,8 +78,7 @@ class Network:
                 raise NetworkError(f"the name {name!r} is given {count} times; every place needs a name of its own")
         for place in self.places:
             for what in ("holding_cost", "unmet_cost"):
-                if not getattr(place, what, 0.0) >= 0.0:
-                    raise NetworkError(f"{place.name}: {what} {getattr(place, what)} must not be negative")
+                _check_amount(place.name, what, getattr(place, what, 0.0))
         sources = {w.name for w in self.warehouses} | {SUPPLIER}
         for link in self.links:
             here = f"link {link.source} -> {link.target}"
@@ -91,8 +92,7 @@ class Network:
                     f"{here}: lead time {link.lead_time!r} must be a whole number of periods, 1 or more: orders are "
                     "decided before demand is seen and arrive after it, so 1 is the soonest"
                 )
-            if not link.cost >= 0.0:
-                raise NetworkError(f"{here}: cost {link.cost} must not be negative")
+            _check_amount(here, "cost", link.cost)
         twice = [pair for pair, n in Counter((x.source, x.target) for x in self.links).items() if n > 1]
         if twice:
             raise NetworkError(f"link {twice[0][0]} -> {twice[0][1]} is given twice")
@@ -172,3 +172,8 @@ class Network:
     def arriving(self, place: int) -> list[int]:
         """Links that lead to ``place``."""
         return [i for i, target in enumerate(self.targets) if target == place]
+
+
+def _check_amount(where: str, what: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= float(value) < inf:
+        raise NetworkError(f"{where}: {what} {value!r} must be a finite number of at least 0")

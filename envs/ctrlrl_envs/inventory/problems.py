@@ -1,9 +1,16 @@
 """The benchmark problems of neural inventory control, with the parameters that their authors drew.
 
 Each function gives a :class:`Problem`. Parameters that are drawn come from NumPy's legacy generator with the seeds of
-the released code, so that they are the very same numbers. Where we differ: slots of a pipeline that no order can
-reach start empty (the released code fills the longest one everywhere, which the first, ignored periods wash out), and
-the mean that stock at the start is drawn from is that of the distribution, not of the sample.
+the released code, so that they are the very same numbers. Horizons are those of the released settings: of one store
+and of chains, 50 periods for training and dev, the first 30 of which are ignored, and 500 for test, the first 300
+ignored; of independent stores the same, with 5000 and 3000 for test; of warehouses and their stores 50 and 30, 100 and
+60, 5000 and 3000. Links and costs of several warehouses (the sixth: 0.6 for holding, 1.1 for a unit) are those of the
+settings in the fourth author's fork (github.com/minuk302/Neural_inventory_control), behind the published tables; these
+have 50 and 30 periods for dev, too.
+
+Where we differ: slots of a pipeline that no order can reach start empty (the released code fills the longest one
+everywhere, which the first, ignored periods wash out), and the mean that stock at the start is drawn from is that of
+the distribution, not of the sample; of recorded sales, that of the weeks up to the end of the train split.
 
 Source: Alvo, Russo, Kanoria, Lee, "Neural inventory control in networks via hindsight differentiable policy
 optimization" (arXiv:2306.11246), its released code and the settings of its experiments.
@@ -28,7 +35,11 @@ Charge = Literal["shipments", "orders"]
 """Which links carry the cost of a warehouse's units: those to its stores (as in the experiments behind the published
 tables), or its own one from the supplier (as in the released code)."""
 
+Correlation = float | Tensor | np.ndarray
+"""Between each two stores, or their matrix [S, S]."""
+
 _MEAN, _VARIATION, _LEAD, _HOLDING, _UNMET = 33, 92, 41, 73, 28  # the seeds of each parameter
+_TRAINING = FAVORITA_SPLITS["train"].first + FAVORITA_SPLITS["train"].periods
 _SHORT = {"train": Split(50, 30), "dev": Split(50, 30), "test": Split(500, 300)}
 
 # per echelon from the supplier down to the store: holding costs, and periods of the link that leads to it
@@ -91,7 +102,7 @@ def one_store_backlogged(
     clip: bool = True,
 ) -> Problem:  # fmt: skip
     """One store whose customers wait: a base-stock level is optimal. Studied: lead times 1 to 20, costs 4 to 39."""
-    demand = Normal(per_store(mean, 1), per_store(std, 1), clip=clip)
+    demand = Normal(per_store(mean, 1, "mean"), per_store(std, 1, "std"), clip=clip)
     network = Network((Store("store", holding_cost, unmet_cost),), (), (Link(SUPPLIER, "store", lead_time),))
     return Problem("one store, backlogged", network, demand, dict(_SHORT))
 
@@ -101,7 +112,7 @@ def one_store_lost(
 ) -> Problem:
     """One store whose customers leave, Poisson demand (Zipkin 2008). Studied: lead times 1 to 4, costs 4 to 39."""
     network = Network((Store("store", holding_cost, unmet_cost),), (), (Link(SUPPLIER, "store", lead_time),), "lost")
-    return Problem("one store, lost", network, Poisson(per_store(mean, 1)), dict(_SHORT))
+    return Problem("one store, lost", network, Poisson(per_store(mean, 1, "mean")), dict(_SHORT))
 
 
 def independent_stores(stores: int = 5, lead_time: int = 3, unmet_cost: float = 9.0, mean: float = 5.0) -> Problem:
@@ -112,7 +123,8 @@ def independent_stores(stores: int = 5, lead_time: int = 3, unmet_cost: float = 
         tuple(Link(SUPPLIER, name, lead_time) for name in names), "lost",
     )  # fmt: skip
     splits = {"train": Split(50, 30), "dev": Split(50, 30), "test": Split(5000, 3000)}
-    return Problem(f"{stores} independent stores", network, Poisson(per_store(mean, stores)), splits, (0.0, 0.0))
+    demand = Poisson(per_store(mean, stores, "mean"))
+    return Problem(f"{stores} independent stores", network, demand, splits, (0.0, 0.0))
 
 
 def serial(
@@ -138,14 +150,16 @@ def serial(
             for source, target, time in zip([SUPPLIER, *names], names, (*times[:-1], lead_time), strict=False)
         ),
     )
-    demand = Normal(per_store(mean, 1), per_store(std, 1))
+    demand = Normal(per_store(mean, 1, "mean"), per_store(std, 1, "std"))
     return Problem(f"serial, {echelons} echelons", network, demand, dict(_SHORT))
 
 
 # -- warehouses and their stores ------------------------------------------------------------------
 
 
-def transshipment(stores: int = 5, lead_time: int = 4, unmet_cost: float = 9.0, correlation: float = 0.5) -> Problem:
+def transshipment(
+    stores: int = 5, lead_time: int = 4, unmet_cost: float = 9.0, correlation: Correlation = 0.5
+) -> Problem:
     """A warehouse that cannot hold, and stores whose customers wait; demand is normal and not clipped.
 
     Studied: lead time 4 and cost 9 with 3 to 50 stores; 2 and 6, 4 and 9 with 3 to 10; correlation 0 and 0.5.
@@ -159,14 +173,14 @@ def transshipment(stores: int = 5, lead_time: int = 4, unmet_cost: float = 9.0, 
     return Problem(f"transshipment, {stores} stores", network, _correlated(stores, correlation, clip=False))
 
 
-def one_warehouse(stores: int = 5, lead_times: Sequence[int] = (2, 4), correlation: float = 0.5) -> Problem:
+def one_warehouse(stores: int = 5, lead_times: Sequence[int] = (2, 4), correlation: Correlation = 0.5) -> Problem:
     """A warehouse that holds, and stores whose customers leave; costs and lead times are drawn by store.
 
     Args:
         stores: Studied: 3 to 50.
         lead_times: (low, high): those of the stores are drawn from low to high - 1. The settings say (2, 4), by which
             the published costs are within reach; a search over hyperparameters was run with (2, 6).
-        correlation: Between the demands of each two stores.
+        correlation: Between the demands of each two stores, or their matrix [S, S].
     """
     names = _names(stores)
     network = Network(
@@ -176,7 +190,7 @@ def one_warehouse(stores: int = 5, lead_times: Sequence[int] = (2, 4), correlati
     return Problem(f"one warehouse, {stores} stores", network, _correlated(stores, correlation))
 
 
-def many_warehouses(stores: int = 10, charge: Charge = "shipments", correlation: float = 0.5) -> Problem:
+def many_warehouses(stores: int = 10, charge: Charge = "shipments", correlation: Correlation = 0.5) -> Problem:
     """2, 3, 4, 5 or 6 warehouses, each of which reaches some of 10, 20, 30, 40 or 50 stores; customers leave."""
     _known("stores", stores, _MANY)
     network = _several(_stores(_names(stores)), _MANY[stores], charge, "cost")
@@ -220,7 +234,7 @@ def real_stores(
         network = _several(places, [row[:stores] for row in _REAL[warehouses]], charge, "profit")
     sales = favorita(data)
     prices = _uniform(_UNMET, 6.3, 11.7, products * stores).reshape(products, stores)
-    demand = Series(sales.values[:products, :stores], 16, sales.time, torch.from_numpy(prices).float())
+    demand = Series(sales.values[:products, :stores], 16, sales.time, torch.from_numpy(prices).float(), _TRAINING)
     name = f"real sales, {stores} stores, {warehouses} warehouse{'s' * (warehouses > 1)}"
     return Problem(name, network, demand, dict(FAVORITA_SPLITS), (0.0, 0.0))
 
@@ -236,7 +250,7 @@ def real_one_store(lead_time: int = 5, series: int = 6048, data: str | Path | No
     sales = favorita(data)
     values = sales.values.flatten(0, 1)[:series, None]
     prices = torch.from_numpy(_uniform(_UNMET, 6.3, 11.7, series)).float()[:, None]
-    demand = Series(values, 16, sales.time, prices)
+    demand = Series(values, 16, sales.time, prices, _TRAINING)
     return Problem("real sales, one store", network, demand, dict(FAVORITA_SPLITS), (0.0, 0.0))
 
 
@@ -250,7 +264,7 @@ def demand_parameters(stores: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
 
 
-def _correlated(stores: int, correlation: float, clip: bool = True) -> Demand:
+def _correlated(stores: int, correlation: Correlation, clip: bool = True) -> Demand:
     return Normal(*demand_parameters(stores), correlation, clip)
 
 
@@ -259,7 +273,13 @@ def _uniform(seed: int, low: float, high: float, count: int) -> np.ndarray:
 
 
 def _lead_times(stores: int, bounds: Sequence[int]) -> list[int]:
-    low, high = bounds
+    given = tuple(bounds) if isinstance(bounds, Sequence) else ()
+    if len(given) != 2 or any(type(bound) is not int for bound in given) or not 1 <= given[0] < given[1]:
+        raise ValueError(
+            f"lead_times={bounds!r} must be (low, high), whole numbers with 1 <= low < high: times are drawn from low "
+            "to high - 1"
+        )
+    low, high = given
     return np.random.RandomState(_LEAD).randint(low, high, stores).tolist()
 
 
@@ -274,9 +294,8 @@ def _stores(names: Sequence[str]) -> tuple[Store, ...]:
     return tuple(map(Store, names, holding, unmet))
 
 
-def _links(source: str, targets: Sequence[str], times: Sequence[int], cost: float = 0.0) -> list[Link]:
-    """Links of a warehouse to each place whose time is not 0."""
-    return [Link(source, target, time, cost) for target, time in zip(targets, times, strict=True) if time]
+def _links(source: str, targets: Sequence[str], times: Sequence[int]) -> list[Link]:
+    return [Link(source, target, time) for target, time in zip(targets, times, strict=True)]
 
 
 def _several(
@@ -289,13 +308,14 @@ def _several(
     ordered, shipped = (1.0, 0.0) if charge == "orders" else (0.0, 1.0)
     links = [Link(SUPPLIER, name, 3, ordered * costs[name]) for name in names]
     for name, row in zip(names, rows, strict=True):
-        links += _links(name, [s.name for s in stores], [int(digit) for digit in row], shipped * costs[name])
+        times = [(store.name, int(digit)) for store, digit in zip(stores, row, strict=True) if digit != "0"]
+        links += [Link(name, store, time, shipped * costs[name]) for store, time in times]
     warehouses = tuple(map(Warehouse, names, _WAREHOUSE_HOLDING))
     return Network(stores, warehouses, tuple(links), "lost", objective)
 
 
 def _known(name: str, value: int, known: Collection[int]) -> None:
-    if value not in known:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in known:
         raise ValueError(f"{name}={value!r} is not one of those studied: {', '.join(map(str, known))}")
 
 

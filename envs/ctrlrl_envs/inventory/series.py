@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -96,13 +98,33 @@ def _read(path: Path, stores: Sequence[str] | None) -> np.ndarray:
         return _read_csv(path, stores)
     if kind not in (".npy", ".npz"):
         raise ValueError(f"{path}: series are read from files .csv, .npy and .npz")
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        if len(loaded.files) != 1:
-            raise ValueError(f"{path} has the keys {', '.join(loaded.files) or 'none'}; expected one")
-        return loaded[loaded.files[0]]
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            keys = loaded.files
+            if len(keys) == 1:
+                return loaded[keys[0]]
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no array of numbers as NumPy saves them: {error}") from None
+    raise ValueError(f"{path} has the keys {', '.join(keys) or 'none'}; expected one")
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ValueError: It is no UTF-8; the message says in which line.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8 text"
+        ) from None
 
 
 def _read_csv(path: Path, stores: Sequence[str] | None) -> np.ndarray:
@@ -143,10 +165,12 @@ def read_features(path: str | Path, columns: Sequence[str], periods: int) -> Ten
 
 def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Its header, and its rows with their lines."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
         header = [name.strip() for name in next(reader, [])]
         rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows:
         raise ValueError(f"{path} has no rows; expected a header and a row per period")
     for line, row in rows:

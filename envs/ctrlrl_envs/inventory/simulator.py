@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +120,10 @@ class InventorySimulator:
             self._leaving[warehouse, links] = 1.0
         self._counts = torch.tensor([[len(x)] for x in leaving], device=self.device, dtype=self.dtype)  # [W, 1]
         self._holds = torch.tensor([[w.holds] for w in network.warehouses], device=self.device, dtype=torch.bool)
+        # [K] slots of the flattened inventory that orders can fill; made here, as a tensor that is first made in
+        # inference mode can never be part of a graph
+        filled = [place * self.slots + k for place, length in enumerate(network.pipelines) for k in range(length)]
+        self._filled = torch.tensor(filled, **whole)
 
     # -- episodes -----------------------------------------------------------------------------
 
@@ -276,12 +279,6 @@ class InventorySimulator:
             past.unflatten(1, (demand.window, stores)) if demand.window else None,
             time if demand.features else None,
         )
-
-    @cached_property
-    def _filled(self) -> Tensor:
-        """[K] slots of the flattened inventory that orders can fill."""
-        slots = [place * self.slots + k for place, length in enumerate(self.network.pipelines) for k in range(length)]
-        return torch.tensor(slots, device=self.device)
 
     @property
     def _priced(self) -> bool:

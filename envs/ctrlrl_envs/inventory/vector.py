@@ -27,17 +27,22 @@ class InventoryVector(ToyVector):
         max_episode_steps: Truncates earlier than the split does.
         problem: See :class:`Inventory`.
         split: Whose periods.
+        scale_actions: Actions in [-1, 1] instead of amounts, see :class:`Inventory`.
         kwargs: Arguments of the problem's function.
+
+    Raises:
+        ValueError: As :class:`Inventory`; actions of rows that do not run are never looked at.
     """
 
     def __init__(
         self, num_envs: int = 1, *, max_episode_steps: int | None = None, problem: str | Problem = "one_store_lost",
-        split: str = "train", **kwargs: Any,
+        split: str = "train", scale_actions: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
-        single = Inventory(problem, split, **kwargs)
+        single = Inventory(problem, split, scale_actions=scale_actions, **kwargs)
         limit = single.periods if max_episode_steps is None else min(max_episode_steps, single.periods)
         super().__init__(single, num_envs, limit)
         self.simulator, self.split, self.periods = single.simulator, split, single.periods
+        self.scale_actions, self.max_episode_steps, self._single = scale_actions, limit, single
         self._streams: list[np.random.Generator | None] = [None] * num_envs
         simulator = self.simulator
         self._inventory = torch.zeros(num_envs, simulator.places, simulator.slots)
@@ -49,6 +54,10 @@ class InventoryVector(ToyVector):
         varies = drawn.unmet_cost is not None
         self._unmet_cost = torch.zeros(num_envs, simulator.stores) if varies else simulator.unmet_cost
         self._infos_of_step = dict.fromkeys(("cost", "holding_cost", "unmet_cost", "link_cost"), np.zeros(num_envs))
+
+    def flows(self, action: Any) -> np.ndarray:
+        """See :meth:`Inventory.flows`."""
+        return self._single.flows(action)
 
     def _begin(self, rows: np.ndarray, seeds: Sequence[int | None] | None) -> None:
         for row in rows.tolist():
@@ -67,7 +76,8 @@ class InventoryVector(ToyVector):
 
     def _move(self, action: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         simulator, running = self.simulator, torch.from_numpy(live)
-        sent = simulator.feasible(self._inventory, torch.from_numpy(action).float())
+        wish = self.flows(np.where(live[:, None], action, 0.0))
+        sent = simulator.feasible(self._inventory, torch.from_numpy(wish))
         # every row as if this were its first and only period, as they may be in different ones
         now = torch.from_numpy(np.minimum(self._steps, self.periods - 1))
         demand = self._demand[torch.arange(self.num_envs), self._window + now]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
 from ctrlrl_envs.inventory.demand import Demand, Normal, Poisson, Series, Split
 from ctrlrl_envs.inventory.network import SUPPLIER, Link, Network, NetworkError, Store, Warehouse
-from ctrlrl_envs.inventory.series import cut, read_features, read_series
+from ctrlrl_envs.inventory.series import cut, read_features, read_series, read_text
 from ctrlrl_envs.inventory.simulator import Problem
 
-_TOP = ("stores", "links", "demand"), ("unmet_demand", "objective", "warehouses", "periods")
+_TOP = ("stores", "links", "demand"), ("unmet_demand", "objective", "warehouses", "periods", "initial")
 _DEMANDS = {
     "normal": (("mean", "std"), ("correlation", "clip")),
     "poisson": (("mean",), ()),
@@ -24,7 +26,13 @@ _DEMANDS = {
 }
 
 
-def read_network(network: str | Path) -> Problem:
+_LARGEST = 3e38  # of float32
+
+# what PyYAML raises on scalars that are not what their tag, or their looks, say: "2020-13-45", "!!int x"
+_UNREADABLE = yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError
+
+
+def read_network(network: str | Path | None = None) -> Problem:
     """The problem that a YAML file describes; ``example.yaml``, beside this module, shows all there is to say.
 
     Files are plain data: no tags, no anchors that build objects. Paths in it are relative to it.
@@ -33,17 +41,25 @@ def read_network(network: str | Path) -> Problem:
         FileNotFoundError: There is no such file, or not the series that it names.
         NetworkError: Something unknown, missing, of another kind, or impossible; it names file, line and place.
     """
+    if not isinstance(network, str | Path) or not str(network):
+        raise NetworkError(f"network={network!r} must be the path of a YAML file that describes a network")
     path = Path(network)
-    with path.open(encoding="utf-8") as file:
-        loader = yaml.SafeLoader(file)
-        try:
-            root = loader.get_single_node()
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = 1 if mark is None else mark.line + 1
-            raise NetworkError(f"{path}, line {line}: this is no YAML: {getattr(error, 'problem', error)}") from None
-        finally:
-            loader.dispose()
+    if path.is_dir():
+        raise NetworkError(f"{path} is a folder; expected a YAML file that describes a network")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}, which network= names")
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise NetworkError(str(error)) from None
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.reader.ReaderError as error:  # characters that YAML does not know
+        line = text.count("\n", 0, error.position) + 1
+        raise NetworkError(f"{path}, line {line}: this is no YAML: {error.reason}") from None
+    except yaml.MarkedYAMLError as error:
+        line = 1 if error.problem_mark is None else error.problem_mark.line + 1
+        raise NetworkError(f"{path}, line {line}: this is no YAML: {error.problem}") from None
     if root is None:
         raise NetworkError(f"{path}, line 1: the file is empty; it needs {', '.join(_TOP[0])}")
     return _Reader(path).problem(root)
@@ -94,21 +110,27 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             try:
                 value = self._make.construct_object(node)
-            except yaml.YAMLError:
-                value = None  # a tag that is none of the plain ones
+            except _UNREADABLE:
+                value = None
         if not test(value):
             self.fail(node, f"{what} must be {expected}, found {_shown(node)}")
         return value
 
     def text(self, node: yaml.Node, what: str) -> str:
-        expected = "text (in quotes, if it looks like a number)"
+        expected = "text (in quotes, if it looks like a number or a date)"
         return self.scalar(node, what, expected, lambda v: isinstance(v, str) and v != "")
 
     def number(self, node: yaml.Node, what: str) -> float:
-        return float(self.scalar(node, what, "a number", lambda v: _number(v) and abs(v) < float("inf")))
+        return float(self.scalar(node, what, "a number", lambda v: _number(v) and abs(v) < _LARGEST))
 
     def amount(self, node: yaml.Node, what: str) -> float:
-        return float(self.scalar(node, what, "a number of at least 0", lambda v: _number(v) and 0 <= v < float("inf")))
+        return float(self.scalar(node, what, "a number of at least 0", lambda v: _number(v) and 0 <= v < _LARGEST))
+
+    def numbers(self, node: yaml.Node, what: str, count: int) -> list[float]:
+        if not isinstance(node, yaml.SequenceNode) or len(node.value) != count:
+            found = f"a list of {len(node.value)}" if isinstance(node, yaml.SequenceNode) else _shown(node)
+            self.fail(node, f"{what} must be a list of {count} numbers, found {found}")
+        return [self.number(part, what) for part in node.value]
 
     def count(self, node: yaml.Node, what: str, least: int) -> int:
         expected = f"a whole number of at least {least}"
@@ -123,16 +145,23 @@ class _Reader:
         top = self.fields(root, "the file", *_TOP)
         network = self.network(root, top)
         demand = self.demand(top["demand"], [s.name for s in network.stores])
+        more: dict[str, Any] = {}
         if "periods" in top:
-            splits = self.periods(top["periods"], demand)
+            more["splits"] = self.periods(top["periods"], demand)
         elif isinstance(demand, Series):
             try:
-                splits = cut(demand.values.shape[2], demand.window)
+                more["splits"] = cut(demand.values.shape[2], demand.window)
             except ValueError as error:
                 self.fail(top["demand"], str(error))
-        else:
-            return Problem(self.path.stem, network, demand)
-        return Problem(self.path.stem, network, demand, splits)
+        if isinstance(demand, Series):
+            train: Split = more["splits"]["train"]
+            demand = replace(demand, training=train.first + train.periods)
+        if "initial" in top:
+            low, high = self.numbers(top["initial"], "initial", 2)
+            if not 0 <= low <= high:
+                self.fail(top["initial"], f"initial must be [low, high] with 0 <= low <= high, found [{low}, {high}]")
+            more["initial"] = low, high
+        return Problem(self.path.stem, network, demand, **more)
 
     def network(self, root: yaml.Node, top: dict[str, yaml.Node]) -> Network:
         stores = tuple(self.store(*entry) for entry in self.entries(top["stores"], "stores").values())
@@ -195,15 +224,24 @@ class _Reader:
         mean = self.per_store(found["mean"], "mean", stores)
         if kind == "poisson":
             return Poisson(mean)
-        clip, correlation, low = True, 0.0, -1.0 / max(len(stores) - 1, 1)
+        std, clip = self.per_store(found["std"], "std", stores), True
         if "clip" in found:
             clip = self.scalar(found["clip"], "demand: clip", "true or false", lambda v: isinstance(v, bool))
-        if "correlation" in found:
-            expected = f"above {low:.4g} (with {len(stores)} stores) and below 1"
-            correlation = self.scalar(
-                found["correlation"], "demand: correlation", expected, lambda v: _number(v) and low < v < 1
-            )
-        return Normal(mean, self.per_store(found["std"], "std", stores), float(correlation), clip)
+        if "correlation" not in found:
+            return Normal(mean, std, clip=clip)
+        try:
+            return Normal(mean, std, self.correlation(found["correlation"], len(stores)), clip)
+        except ValueError as error:
+            if isinstance(error, NetworkError):
+                raise
+            self.fail(found["correlation"], f"demand: {error}")
+
+    def correlation(self, node: yaml.Node, stores: int) -> float | np.ndarray:
+        if not isinstance(node, yaml.SequenceNode):
+            return self.number(node, "demand: correlation")
+        if len(node.value) != stores:
+            self.fail(node, f"demand: correlation has {len(node.value)} rows; expected one for each of {stores} stores")
+        return np.array([self.numbers(row, "demand: a row of correlation", stores) for row in node.value])
 
     def per_store(self, node: yaml.Node, key: str, stores: Sequence[str]) -> Tensor:
         """[S] of one number for all, or of a mapping with each store."""

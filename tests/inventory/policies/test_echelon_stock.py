@@ -5,7 +5,7 @@ import torch
 from ctrlrl_envs.inventory.network import Link, Network, Store, Warehouse
 from inventory.policies.small_networks import check_feasible, make, one_store, serial, simulator, view, warehouse
 
-from ctrlrl.inventory.policies.base import PolicyError
+from ctrlrl.inventory.policies.base import Demanded, PolicyError
 
 
 def test_each_place_fills_its_echelon_as_far_as_the_place_above_can():
@@ -34,6 +34,19 @@ def test_levels_are_sums_of_increments_from_the_store_upwards_and_start_near_ten
     assert made.theta.abs().max() <= 1.0 and made.theta.std() > 0.1
     steps = made.levels.diff(prepend=torch.zeros(1))
     torch.testing.assert_close(steps, torch.nn.functional.softplus(made.theta + 10.0))
+
+
+def test_levels_start_at_the_scale_of_demand():
+    """At a mean of 5 the paper's; the same in periods of demand elsewhere, and what is set is set."""
+    levels = []
+    for mean in (5.0, 0.05, 4000.0):
+        made = make("echelon_stock", serial(), Demanded(torch.tensor([mean]), torch.tensor([1.0])))
+        levels.append(made.levels / mean)
+        made.set_levels([2.0 * mean, 3.0 * mean, 7.0 * mean, 8.0 * mean])
+        torch.testing.assert_close(made.levels, mean * torch.tensor([2.0, 3.0, 7.0, 8.0]))
+    torch.testing.assert_close(levels[0], levels[1])
+    torch.testing.assert_close(levels[0], levels[2])
+    assert ((levels[0] > 1.7 * torch.arange(1, 5)) & (levels[0] < 2.3 * torch.arange(1, 5))).all()
 
 
 def test_levels_that_are_set_are_the_levels_and_others_are_refused():
