@@ -12,8 +12,8 @@ Parts, each with its cells (``--cells`` picks some, ``--all`` takes every one th
 Gaps are of the mean cost per store and period over the test horizon, its first part left out, in scenarios that all
 share; they carry the standard error of sampling them. Each arm is trained with the settings in ``TRAINING``, one
 thread each, and keeps the weights of its best look at the dev scenarios. ``--peers`` adds, for one cell of each part,
-Stable-Baselines3's PPO on the same Gymnasium environment (observations and rewards normalised, actions scaled by the environment) with
-ten times HDPO's wall time, and this library's PPO and REINFORCE for as long.
+Stable-Baselines3's PPO on the same Gymnasium environment (observations and rewards normalised, actions scaled by the
+environment) with ten times HDPO's wall time, and this library's PPO and REINFORCE for as long.
 
 Each training is a shard (one JSON file); a later call adds the missing ones and merges all.
 
@@ -123,8 +123,11 @@ def peer(args: argparse.Namespace, part: str, cell: str, arm: str, seed: int) ->
             def on_update(self, agent, step, metrics):
                 return time.perf_counter() - began < limit
 
-        agent = api.make(arm, ENVS[part], env_kwargs=kwargs, seed=seed, n_envs=32, threads=1, device="cpu", eval_every=None,
-                         **({"n_steps": 64} if arm == "ppo" else {}))  # fmt: skip
+        rollout = {"n_steps": 64} if arm == "ppo" else {}
+        agent = api.make(
+            arm, ENVS[part], env_kwargs=kwargs, seed=seed, n_envs=32, threads=1, device="cpu", eval_every=None,
+            **rollout,
+        )  # fmt: skip
         agent.learn(2**40, root=None, progress=False, tensorboard=False, callbacks=[Clock()])
         env, steps = made(ENVS[part], kwargs), agent.steps
     trained = time.perf_counter() - began

@@ -15,9 +15,10 @@ id                                  problem, with the function whose arguments t
 ``ctrlrl/Inventory-v0``             a network of a user's own; ``network="file.yaml"``
 ==================================  ===========================================================================
 
-All take ``split`` (``train``, ``dev`` or ``test``) and ``scale_actions``, too. :class:`Inventory` says what agents see, do and earn;
-:mod:`problems` where the numbers come from; ``example.yaml`` how a network is written down. The environments are made
-of one batched, differentiable simulator, ``env.unwrapped.simulator``, through which gradients flow.
+All take ``split`` (``train``, ``dev`` or ``test``) and ``scale_actions``, too. :class:`Inventory` says what agents
+see, do and earn; :mod:`problems` where the numbers come from; ``example.yaml`` how a network is written down. The
+environments are made of one batched, differentiable simulator, ``env.unwrapped.simulator``, through which gradients
+flow.
 """
 
 from __future__ import annotations
