@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ctrlrl.nets.normalizer import varies
 from ctrlrl.nets.q_ensemble import EnsembleLinear
 
 LOG_VAR_BOUNDS = (-10.0, 0.5)
@@ -86,9 +87,8 @@ class DynamicsEnsemble(nn.Module):
     @torch.no_grad()
     def scale(self, name: str, mean: Tensor, std: Tensor) -> None:
         """Standardise ``"input"`` or ``"target"`` by mean and deviation; what never changes keeps deviation 1."""
-        constant = std <= 1e-7 * mean.abs()  # what float32 cannot tell apart
         getattr(self, f"{name}_mean").copy_(mean)
-        getattr(self, f"{name}_std").copy_(torch.where(constant, torch.ones_like(std), std))
+        getattr(self, f"{name}_std").copy_(torch.where(varies(mean, std), std, torch.ones_like(std)))
 
     def inputs(self, obs: Tensor, action: Tensor) -> Tensor:
         """[..., O + A] standardised."""

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from ctrlrl.core.advantage import running_return
 
 
+def varies(mean: Tensor, std: Tensor) -> Tensor:
+    """Bool: where data of this mean and deviation changes by more than float32's rounding of it."""
+    return std > 1e-6 * mean.abs()
+
+
 class RunningMoments(nn.Module):
     """Mean and variance of a stream, merged batch by batch in float64 (Chan, Golub and LeVeque 1983)."""
 

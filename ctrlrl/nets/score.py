@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ctrlrl.nets.actors import BoxActor, QNetworkConfig
 from ctrlrl.nets.mlp import mlp
+from ctrlrl.nets.normalizer import varies
 from ctrlrl.types import Obs
 
 ScoreOn: TypeAlias = Literal["joint", "conditional"]
@@ -141,11 +142,11 @@ class CorrectionModel(BoxActor):
 
     def fit(self, name: Literal["obs", "action", "change"], mean: Tensor, std: Tensor) -> None:
         """Standardise by mean and deviation; a dimension that never changes, up to rounding, keeps deviation 1."""
-        varies = std > 1e-6 * (mean.abs() + std)
+        changes = varies(mean, std)
         getattr(self, f"{name}_mean").copy_(mean)
-        getattr(self, f"{name}_std").copy_(torch.where(varies, std, torch.ones_like(std)))
+        getattr(self, f"{name}_std").copy_(torch.where(changes, std, torch.ones_like(std)))
         if name != "change":
-            getattr(self, f"{name}_varies").copy_(varies)
+            getattr(self, f"{name}_varies").copy_(changes)
 
     def standard_obs(self, obs: Tensor) -> Tensor:
         """s of raw observations."""

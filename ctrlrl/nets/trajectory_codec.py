@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ctrlrl.nets.normalizer import varies
+
 EDGE = 0.999
 """Largest size of an action before atanh, as in policy-guided diffusion's released code."""
 
@@ -67,8 +69,8 @@ class TrajectoryCodec(nn.Module):
         A channel that never changes is 0 to the model, and its mean again whatever the model makes of it.
         """
         self.mean.copy_(mean)
-        self.varies.copy_(std > 0.0)
-        self.std.copy_(torch.where(std > 0.0, std, torch.ones_like(std)))
+        self.varies.copy_(varies(mean, std))
+        self.std.copy_(torch.where(self.varies > 0, std, torch.ones_like(std)))
 
     def encode(self, steps: Steps) -> Tensor:
         """[B, C, T] standardised channels of ``steps`` [B, T, ...]."""

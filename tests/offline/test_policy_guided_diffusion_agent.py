@@ -256,10 +256,10 @@ def test_trajectories_of_a_linear_system_are_denoised_nearly_as_well_as_can_be()
     system, data = linear_gaussian(8, 4000)
     agent = api.make(
         "policy_guided_diffusion", dataset=data,
-        **TINY | {"window_length": 8, "window_stride": 8, "batch_size": 32, "learning_rate": 3e-3,
+        **TINY | {"window_length": 8, "window_stride": 8, "batch_size": 128, "learning_rate": 3e-3,
                   "denoiser_channels": (16, 32), "iteration_steps": 100},
     )  # fmt: skip
-    quiet(agent, 1000)
+    quiet(agent, 1200)
     assert len(windows(data, 8, 8)) == 4000
     _, fresh = linear_gaussian(8, 500, seed=1)
     rows = Steps(
