@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50, help="of each evaluation")
     parser.add_argument("--backend", default="envpool", choices=["envpool", "sync"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--plot", type=Path, default=None, help="also draw the table as a picture")
     args = parser.parse_args()
     args.envs = args.envs or list(ENVS[:1] if args.ceilings else ENVS)
     if args.worker:
@@ -166,6 +167,9 @@ def main() -> None:
     }
     kind = "ceilings" if args.ceilings else "returns"
     (args.out / f"{kind}-{args.steps}.json").write_text(json.dumps(document, indent=2) + "\n")
+    if args.plot is not None:
+        label = f"return after {args.steps:,} steps"
+        shards.plot(merged, args.plot, label, lambda arm: "gorl" not in arm and not arm.startswith("frozen"))
     for env, rows in merged.items():
         print(env)
         for arm, row in rows.items():

@@ -127,31 +127,6 @@ def table(args: argparse.Namespace) -> dict:
     return found
 
 
-def plot(merged: dict, path: Path, steps: int) -> None:
-    """One panel per task: a dot per run, the interquartile mean with its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(merged), figsize=(3.4 * len(merged), 2.6), constrained_layout=True)
-    for axis, (env, rows) in zip([axes] if len(merged) == 1 else axes, merged.items(), strict=True):
-        for y, (method, row) in enumerate(reversed(rows.items())):
-            color = "#8a8f98" if method.startswith("sb3") else "#0072b2"
-            axis.plot(row["runs"], [y] * len(row["runs"]), "|", color=color, markersize=9, alpha=0.6)
-            if row["low"] is not None:
-                axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
-            axis.plot(row["iqm"], y, "o", color=color, markersize=6)
-        axis.set_yticks(range(len(rows)), [m.replace("sb3_", "SB3 ") for m in reversed(rows)])
-        axis.set_title(env, fontsize=10)
-        axis.set_xlabel(f"return after {steps:,} steps", fontsize=9)
-        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
 def bound(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
@@ -187,7 +162,7 @@ def main() -> None:
     }
     (args.out / f"table-{args.steps}.json").write_text(json.dumps(document, indent=2) + "\n")
     if args.plot is not None:
-        plot(merged, args.plot, args.steps)
+        shards.plot(merged, args.plot, f"return after {args.steps:,} steps", lambda method: method.startswith("sb3"))
     for env, rows in merged.items():
         print(env)
         for method, row in rows.items():

@@ -76,6 +76,35 @@ def run_missing(
     return failed
 
 
+def plot(merged: dict, path: Path, label: str, grey: Callable[[str], bool]) -> None:
+    """One panel per task of a table: a tick per run, a dot and a line for the mean and its interval.
+
+    ``merged`` is rows by method by task, each with "runs", "iqm", "low" and "high"; ``grey`` says which are compared
+    with.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(merged), figsize=(3.4 * len(merged), 2.6), constrained_layout=True)
+    for axis, (env, rows) in zip([axes] if len(merged) == 1 else axes, merged.items(), strict=True):
+        for y, (method, row) in enumerate(reversed(rows.items())):
+            color = "#8a8f98" if grey(method) else "#0072b2"
+            axis.plot(row["runs"], [y] * len(row["runs"]), "|", color=color, markersize=9, alpha=0.6)
+            if row["low"] is not None:
+                axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
+            axis.plot(row["iqm"], y, "o", color=color, markersize=6)
+        axis.set_yticks(range(len(rows)), [m.replace("sb3_", "SB3 ") for m in reversed(rows)])
+        axis.set_title(env, fontsize=10)
+        axis.set_xlabel(label, fontsize=9)
+        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def protocol(text: str | None, paragraph: int = 1) -> str:
     """A paragraph of a script's docstring on one line."""
     return " ".join((text or "").split("\n\n")[paragraph].split())
