@@ -65,6 +65,16 @@ for _name, _maker, _limit in (
         _entry = f"{__name__}.risky.penalty:{_maker}"
         gym.register(f"ctrlrl/{_name}-v0", entry_point=_entry, max_episode_steps=_limit)
 
+for _name, _module, _limit in (
+    ("Ladder", "ladder", 3), ("TargetGrid", "grids", 20), ("RiskyGrid", "grids", 50),
+    ("Homeostasis", "homeostasis", 20), ("WindyCliff", "grids", 100),
+):  # fmt: skip
+    if f"ctrlrl/{_name}-v0" not in gym.registry:
+        _path = f"{__name__}.tabular.{_module}:{_name}"
+        gym.register(
+            f"ctrlrl/{_name}-v0", entry_point=_path, vector_entry_point=f"{_path}Vector", max_episode_steps=_limit
+        )
+
 for _name, _problem in (
     ("OneStoreBacklogged", "one_store_backlogged"), ("OneStoreLost", "one_store_lost"),
     ("IndependentStores", "independent_stores"), ("Serial", "serial"), ("Transshipment", "transshipment"),
