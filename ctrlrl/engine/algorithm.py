@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ctrlrl.data.dataset import Dataset
 from ctrlrl.data.transitions import Transitions
+from ctrlrl.engine.explore import Explorer
 from ctrlrl.names import Registry
 from ctrlrl.types import check_types
 
@@ -37,7 +38,7 @@ class Networks(NamedTuple):
     """What a method trains, and what it keeps copies of."""
 
     actor: nn.Module
-    """The policy (see nets.actors.BoxActor); trained under the name "actor"."""
+    """The policy (see nets.actors.BoxActor, nets.discrete.DiscreteActor); trained under the name "actor"."""
     trained: Mapping[str, nn.Module]
     """Further networks by name, each with an optimiser of its own."""
     copies: Mapping[str, str] = {}
@@ -132,6 +133,10 @@ class Algorithm(ABC):
     def deterministic_collection(self) -> bool:
         """Whether data is collected with the mode of the policy."""
         return False
+
+    def explorer(self, policy: Any) -> Explorer:
+        """How data is collected with ``policy``."""
+        return Explorer(policy, self.deterministic_collection)
 
 
 class OfflineAlgorithm(Algorithm):

@@ -30,45 +30,9 @@ from ctrlrl.engine.offline_rows import check_actions, rows_of
 from ctrlrl.engine.prior import PriorData
 from ctrlrl.engine.seeding import derive, generator
 from ctrlrl.engine.transition_agent import TransitionAgent
-from ctrlrl.nets.actors import BoxActor
 from ctrlrl.types import Backend, EnvSpec, Obs
 
 logger = logging.getLogger("ctrlrl")
-
-
-class Explorer:
-    """How data is collected: uniformly at random during the warm-up, then as the method says."""
-
-    action_dtype = torch.float32
-
-    def __init__(self, policy: BoxActor, deterministic: bool) -> None:
-        self.policy, self.mode = policy, deterministic
-        self.action_shape, self.ready = policy.action_shape, False
-
-    def noise(self, n_steps: int, n_envs: int, generator: torch.Generator) -> Tensor:
-        """[n_steps, n_envs, A]: normal, or uniform in [-1, 1] during the warm-up."""
-        if self.ready:
-            return self.policy.noise(n_steps, n_envs, generator)
-        return torch.rand(n_steps, n_envs, *self.action_shape, generator=generator) * 2.0 - 1.0
-
-    def act(self, obs: Obs, noise: Tensor) -> Tensor:
-        """Actions [N, A] in [-1, 1]."""
-        if not self.ready:
-            return noise
-        return self.policy.mode(obs) if self.mode else self.policy.act(obs, noise)
-
-    def to_env(self, obs: Obs, action: Tensor) -> Tensor:
-        """The environment's actions."""
-        return self.policy.to_env(obs, action)
-
-    def sampler(self) -> Callable[[Obs, Tensor], tuple[Tensor, Tensor]]:
-        """``act`` and ``to_env`` in one call."""
-
-        def sample(obs: Obs, noise: Tensor) -> tuple[Tensor, Tensor]:
-            action = self.act(obs, noise)
-            return action, self.policy.to_env(obs, action)
-
-        return sample
 
 
 class OffPolicyAgent(TransitionAgent):
@@ -124,7 +88,7 @@ class OffPolicyAgent(TransitionAgent):
             fresh = prior.take_over(self.learner, self.config.start_from, self.method, self.action_space)
             if fresh:
                 logger.warning("%s has no %s: begun afresh.", self.config.start_from, ", ".join(fresh))
-        self.explorer = Explorer(self.policy, self.algorithm.deterministic_collection)
+        self.explorer = self.algorithm.explorer(self.policy)
         self.collector = Collector(
             self._source(), self.explorer, self.config.collect_steps, self.device, self.seed, keep_terminal=True
         )
@@ -142,6 +106,8 @@ class OffPolicyAgent(TransitionAgent):
 
     def _check_online(self) -> None:
         own = type(self.algorithm)
+        if self.config.start_from is not None and "box" not in own.capabilities:
+            raise ConfigError(f"start_from: offline methods act in Box spaces, {self.method} cannot go on with theirs")
         if issubclass(own, OfflineAlgorithm) and own.columns is not OfflineAlgorithm.columns:
             raise ConfigError(
                 f"{self.method} learns from columns that only recorded data has: it cannot go on in an environment"
@@ -183,8 +149,8 @@ class OffPolicyAgent(TransitionAgent):
             folder = (self.run_dir or Path(tempfile.gettempdir())) if self.config.memory_map else None
             try:
                 self.replay = TransitionReplay(
-                    self.observation_space, self.policy.action_shape, torch.float32, self.config.replay_size,
-                    self.device, extras=self._extras(), folder=folder,
+                    self.observation_space, self.policy.action_shape, self.policy.action_dtype,
+                    self.config.replay_size, self.device, extras=self._extras(), folder=folder,
                 )  # fmt: skip
             except ReplaySizeError as error:
                 error.add_note("The settings are replay_size (--replay-size) and memory_map (--memory-map).")
@@ -224,6 +190,7 @@ class OffPolicyAgent(TransitionAgent):
         self.cut = False
         while self.steps - before < self.steps_bound and not self.cut:
             self.explorer.ready = self.steps >= config.learning_starts or config.start_from is not None
+            self.explorer.progress = self.steps / self.span[1]
             self._before_collection()
             try:
                 collected = self.collector.collect(acting)
@@ -255,7 +222,7 @@ class OffPolicyAgent(TransitionAgent):
             "simulation_s": simulation, "update_s": updating, "inference_s": whole - simulation - updating
         }.items():  # fmt: skip
             self.timings[name] += seconds
-        return {f"train/{k}": v for k, v in metrics.items()}
+        return {f"train/{k}": v for k, v in metrics.items()} | self.explorer.metrics()
 
     def _before_collection(self) -> None:
         """Called before every round of steps, for methods that set the environment's parameters."""
@@ -295,7 +262,8 @@ class OffPolicyAgent(TransitionAgent):
                 batch = memory.sample(memory.draw(count, size, drawing).flatten())
             else:
                 batch = self.prior.sample(memory, count, size, drawing)
-            noise = self.algorithm.noise(count, size, self.policy.action_shape[0], drawing, self.n_params)
+            width = math.prod(self.policy.action_shape)
+            noise = self.algorithm.noise(count, size, width, drawing, self.n_params)
             for name, values in self.learner.run(self._mapped(batch), noise, count).items():
                 found.setdefault(name, []).append(values)
             self.debt -= count

@@ -20,17 +20,24 @@ from ctrlrl.engine.learner import Learner
 from ctrlrl.engine.off_policy_config import OffPolicyConfig
 from ctrlrl.nets.q_ensemble import EnsembleLinear
 from helpers.agents import NOISY
+from helpers.envs import Noisy
 
 TINY = {
     "replay_size": 48, "batch_size": 8, "learning_starts": 8, "iteration_steps": 8, "learning_rate": 1e-2,
     "actor_hidden": (8,), "critic_hidden": (8,), "image_features": 8, "device": "cpu", "threads": 1,
     "eval_every": None,
 }  # fmt: skip
-OWN = {"mdpo_off": {"refresh_steps": 12}}
+OWN = {
+    "mdpo_off": {"refresh_steps": 12},
+    "dqn": {"replay_ratio": 1.0, "target_steps": 20},
+    "qr_dqn": {"replay_ratio": 1.0, "target_steps": 20, "quantiles": 4},
+    "d_eta_n": {"replay_ratio": 1.0, "target_steps": 20},
+}
 """Settings of a method's own without which a short run would not see all of it."""
 
 OBS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+CHOICES = gym.spaces.Discrete(3, start=5)
 
 
 def tiny(name, **settings):
@@ -54,13 +61,13 @@ class Double(nn.Module):
         return x.double()
 
 
-def learner(name, encoder=None, preset=None, compile=False, seed=0, **settings):
+def learner(name, encoder=None, preset=None, compile=False, seed=0, obs=OBS, actions=ACTIONS, **settings):
     """A learner of ``name`` for observations [3] and actions [2], as an agent would build it."""
     settings = {"actor_hidden": (8, 8), "critic_hidden": (8, 8)} | settings
     config, algorithm = build(algorithms.get(name), settings, preset, loop=OffPolicyConfig)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        actor, trained, copies = algorithm.networks(Spaces(OBS, ACTIONS), config, encoder)
+        actor, trained, copies = algorithm.networks(Spaces(obs, actions), config, encoder)
     return Learner(algorithm, {"actor": actor, **trained}, copies, config, torch.device("cpu"), compile)
 
 
@@ -213,7 +220,17 @@ class Stopping(gym.Env):
         return self.np_random.normal(size=1).astype(np.float32), float(action[0]), bool(end), False, {}
 
 
-for _name in ("Constant", "Stopping"):
+class Choosy(Noisy):
+    """Noisy with three actions."""
+
+    action_space = CHOICES
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step([action - 6])
+
+
+for _name in ("Constant", "Stopping", "Choosy"):
     if f"off_policy/{_name}-v0" not in gym.registry:
         gym.register(f"off_policy/{_name}-v0", f"{__name__}:{_name}")
-CONSTANT, STOPPING = (f"{__name__}:off_policy/{name}-v0" for name in ("Constant", "Stopping"))
+CONSTANT, STOPPING, CHOOSY = (f"{__name__}:off_policy/{name}-v0" for name in ("Constant", "Stopping", "Choosy"))
