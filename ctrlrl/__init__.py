@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ctrlrl.engine.offline import OfflineAgent
     from ctrlrl.engine.on_policy import OnPolicyAgent
     from ctrlrl.inventory.hdpo import HDPO as HDPO
+    from ctrlrl.planning.distributional_dp_agent import DistributionalDP as DistributionalDP
     from ctrlrl.run.report import report as report
     from ctrlrl.types import EnvSpec as EnvSpec
 

@@ -21,12 +21,15 @@ from ctrlrl.engine.world import capabilities
 from ctrlrl.inventory.hdpo import HDPO
 from ctrlrl.losses import base as losses
 from ctrlrl.online.gorl_agent import GoRL
+from ctrlrl.planning.distributional_dp_agent import DistributionalDP
 from ctrlrl.types import EnvSpec
 
-COMPOSED: tuple[type[GoRL] | type[HDPO], ...] = (GoRL, HDPO)
+COMPOSED: tuple[type[GoRL] | type[HDPO] | type[DistributionalDP], ...] = (GoRL, HDPO, DistributionalDP)
 """Agents that are more than the loop with one loss, and say of themselves what a loss would say."""
 
-AgentClass: TypeAlias = type[OnPolicyAgent] | type[OffPolicyAgent] | type[OfflineAgent] | type[HDPO]
+AgentClass: TypeAlias = (
+    type[OnPolicyAgent] | type[OffPolicyAgent] | type[OfflineAgent] | type[HDPO] | type[DistributionalDP]
+)
 
 
 class Method(NamedTuple):

@@ -102,13 +102,14 @@ def configurations():
     from ctrlrl.losses import base
     from ctrlrl.nets.actor_critic import NetworkConfig
     from ctrlrl.nets.actors import QNetworkConfig
+    from ctrlrl.planning.distributional_dp_agent import DistributionalDPSettings
     from ctrlrl.run import cli
     from ctrlrl.types import EnvSpec
 
     verbs = [c for c in vars(cli).values() if dataclasses.is_dataclass(c) and c.__module__ == cli.__name__]
     loops = [OnPolicyConfig, NetworkConfig, EpisodesConfig, OffPolicyConfig, QNetworkConfig, EnvSpec]
-    inventory = [HDPOConfig, HDPOSettings, InventoryPolicyConfig]
-    return [*loops, *inventory, *verbs, *map(base.get, base.names()), *map(algorithm.get, algorithm.names())]
+    composed = [HDPOConfig, HDPOSettings, InventoryPolicyConfig, DistributionalDPSettings]
+    return [*loops, *composed, *verbs, *map(base.get, base.names()), *map(algorithm.get, algorithm.names())]
 
 
 @pytest.mark.parametrize("cls", configurations(), ids=lambda c: c.__name__)

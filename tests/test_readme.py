@@ -107,7 +107,7 @@ def test_every_verb_is_shown():
 
 def test_flags_in_the_text_exist(capsys):
     offline = ("td3_bc", "policy_guided_diffusion")
-    for name in ("bpo", "gorl", "sac", *offline):
+    for name in ("bpo", "gorl", "sac", "distributional_dp", *offline):
         with pytest.raises(SystemExit):
             cli._parse_training(methods()[name].agent, ["--help"], cli.TrainOffline if name in offline else cli.Train)
     with pytest.raises(SystemExit):

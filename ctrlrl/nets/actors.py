@@ -124,7 +124,9 @@ class BoxActor(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(action_space, gym.spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
-            raise TypeError(f"this method needs Box actions of floats, found {action_space}; try ppo")
+            raise TypeError(
+                f"this method needs Box actions of floats, found {action_space}; try ppo, or dqn for Discrete ones"
+            )
         low, high = (np.asarray(b, dtype=np.float64).flatten() for b in (action_space.low, action_space.high))
         if not np.isfinite([low, high]).all():
             raise ValueError(

@@ -121,6 +121,28 @@ class TrainSimulated:
 
 
 @dataclass(frozen=True)
+class TrainPlanned:
+    """Whose transition table to plan on."""
+
+    env: str
+    """Gymnasium id, for example ctrlrl/Ladder-v0 or FrozenLake-v1."""
+    seed: int = 0
+    """Seed of evaluations; planning has no chance in it."""
+    env_kwargs: str = "{}"
+    """Keyword arguments of the environment, as JSON."""
+    preset: str | None = None
+    """Named settings of the method (ctrlrl list methods shows them); other flags override it."""
+    root: Path = Path("runs")
+    """Folder under which the run's folder is made."""
+    tags: Literal["sb3", "cleanrl", "rsl_rl"] = "sb3"
+    """Whose names TensorBoard and wandb show."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (extra: ctrlrl[wandb])."""
+    quiet: bool = False
+    """No progress display."""
+
+
+@dataclass(frozen=True)
 class Play:
     """Run the agent in one environment, on screen or into a film."""
 
@@ -218,6 +240,7 @@ def _train(words: list[str]) -> int:
     from ctrlrl import api
     from ctrlrl.engine.offline import OfflineAgent
     from ctrlrl.inventory.hdpo import HDPO
+    from ctrlrl.planning.distributional_dp_agent import DistributionalDP
 
     if any(w == "--resume" or w.startswith("--resume=") for w in words):
         return _resume(tyro.cli(Resume, args=words, prog="ctrlrl train"))
@@ -237,7 +260,8 @@ def _train(words: list[str]) -> int:
     words = [re.sub(r"^--from(?=$|=)", "--start-from", w) for w in words]
     online = _value(words, "--start-from", None) is not None and _value(words, "--dataset", None) is None
     cls = api.get_method(words[0], online)
-    kind = TrainOffline if issubclass(cls, OfflineAgent) else TrainSimulated if issubclass(cls, HDPO) else Train
+    kinds = {OfflineAgent: TrainOffline, HDPO: TrainSimulated, DistributionalDP: TrainPlanned}
+    kind: type[Any] = next((kind for base, kind in kinds.items() if issubclass(cls, base)), Train)
     run, settings = _parse_training(cls, words[1:], kind)
     try:
         env_kwargs = json.loads(run.env_kwargs)
@@ -248,7 +272,8 @@ def _train(words: list[str]) -> int:
     width = {} if kind is not Train else {"n_envs": run.n_envs, "backend": run.backend}
     agent: Any = cls(run.env, seed=run.seed, env_kwargs=env_kwargs, **width, **settings)
     wandb = None if run.wandb is None else {"project": run.wandb}
-    agent.learn(run.steps, root=run.root, progress=not run.quiet, wandb=wandb, tags=run.tags)
+    steps = 1 if kind is TrainPlanned else run.steps
+    agent.learn(steps, root=run.root, progress=not run.quiet, wandb=wandb, tags=run.tags)
     return _finish(agent)
 
 
@@ -335,6 +360,10 @@ def _finish(agent: Any) -> int:
         profit = agent.simulator.network.objective == "profit"
         name, best = ("Highest profit", -agent.best_cost) if profit else ("Lowest cost", agent.best_cost)
         print(f"{name} on the dev scenarios: {best:.4f} per store and period.")
+    if hasattr(agent, "summary"):
+        print("\n".join(agent.summary()))
+        print(f"Look at it: ctrlrl eval {agent.run_dir}")
+        return 0
     print(f"Look at it: ctrlrl report {agent.run_dir}")
     return 0
 

@@ -50,15 +50,19 @@ class Eval:
     env_kwargs: str = "{}"
     """With --robust: arguments of --env, or added to those of the run's environment, as JSON."""
     plot: Path | None = None
-    """With --robust, and of a run on an inventory network: where to draw the picture; robust.png or inventory.png in
-    the run folder by default."""
+    """With --robust or --law, and of runs of distributional_dp or on an inventory network: where to draw the picture;
+    robust.png, law.png or inventory.png in the run folder by default."""
+    law: bool = False
+    """Of a run on an environment with a transition table: the law of its return beside that of the exact optimum for
+    its objective, for the CVaR at the first --risk if there is one, and beside that of the best mean. Always done for
+    distributional_dp."""
     scenarios: int | None = None
     """Of a run on an inventory network: test scenarios of its simulator, for the cost per store and period; by
     default every recorded series once, or as many as make about 4 million demands, 64 to 8,192."""
 
 
 ROBUST = ("grid_points", "grid_convention", "env", "env_kwargs", "plot")
-"""Fields of Eval that need --robust; a run on an inventory network has a picture without."""
+"""Fields of Eval that need --robust; laws and runs on an inventory network have a picture without."""
 
 
 def main(words: list[str]) -> int:
@@ -81,12 +85,16 @@ def main(words: list[str]) -> int:
             return fail("--risk is of the episodes of one environment; leave it or --robust out", 2)
         if options.scenarios is not None:
             return fail("--scenarios is of an inventory network; leave it or --robust out", 2)
+        if options.law:
+            return fail("--law is of one environment; leave it or --robust out", 2)
         return _eval_robust(options)
     asked = [f.name for f in dataclasses.fields(Eval) if f.name in ROBUST and getattr(options, f.name) != f.default]
     if asked and asked != ["plot"]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
         return fail(f"{flags} is for evaluations over an uncertainty set: add --robust", 2)
     agent = api.load(options.run, options.checkpoint)
+    if options.law or agent.method == "distributional_dp":
+        return _eval_law(agent, options)
     inventory, why = inventory_cli.network_of(agent, options.seed)
     if inventory is None and (options.plot is not None or options.scenarios is not None):
         flag = "--plot, without --robust," if options.scenarios is None else "--scenarios"
@@ -98,27 +106,63 @@ def main(words: list[str]) -> int:
     result = agent.evaluate(episodes, deterministic=not options.stochastic, seed=options.seed)
     figures = None if inventory is None else inventory_cli.figures(inventory, options.scenarios)
     if options.out is not None:
-        write_json(
-            options.out,
-            {
-                "run": options.run,
-                "checkpoint": options.checkpoint,
-                "steps": agent.steps,
-                "deterministic": not options.stochastic,
-                "returns": result.returns,
-                "normalized": agent.normalized(result.returns),
-                "risk": {str(p): _at_risk(result, p) for p in options.risk},
-                "lengths": result.lengths,
-                "seeds": result.seeds,
-            }
-            | ({} if figures is None else {"inventory": figures.document()}),
-        )
-    kind = "stochastic" if options.stochastic else "deterministic"
+        extra = {} if figures is None else {"inventory": figures.document()}
+        write_json(options.out, _document(agent, options, result) | extra)
     spec = None if inventory is None else agent.env_spec
-    split = "" if spec is None else f" of the {spec.kwargs.get('split', 'train')} split"
+    _show(agent, options, result, "" if spec is None else f" of the {spec.kwargs.get('split', 'train')} split")
+    if inventory is not None and figures is not None:
+        print("\n".join(inventory_cli.lines(figures, inventory.simulator)))
+        inventory_cli.draw(inventory, plot, f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint")
+        print(f"Picture: {plot}")
+    elif why:
+        print(f"  no cost per store and period: {why}")
+    return 0
+
+
+def _eval_law(agent: Any, options: Eval) -> int:
+    """With the law of the return, exact and simulated."""
+    from ctrlrl.engine.runfolder import write_json
+    from ctrlrl.run import distribution_cli
+
+    if options.scenarios is not None:
+        return fail(f"--scenarios is for runs on inventory networks; {agent._env_name()} is none", 2)
+    plot = options.plot or options.run / distribution_cli.PICTURE
+    if not plot.parent.is_dir():
+        return fail(f"{plot.parent} does not exist; make it, or draw {plot.name} elsewhere", 1)
+    answer = distribution_cli.answer_of(agent, options.risk if options.law else ())
+    deterministic = not options.stochastic
+    result = agent.evaluate(100 if options.episodes is None else options.episodes, deterministic, seed=options.seed)
+    found = distribution_cli.look(agent, result, deterministic, options.seed, answer)
+    if options.out is not None:
+        write_json(options.out, _document(agent, options, result) | {"law": found.document()})
+    _show(agent, options, result)
+    print("\n".join(found.lines()))
+    distribution_cli.draw(found, plot, f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint")
+    print(f"Picture: {plot}")
+    return 0
+
+
+def _document(agent: Any, options: Eval, result: Evaluation) -> dict[str, Any]:
+    """For JSON: the raw returns."""
+    return {
+        "run": options.run,
+        "checkpoint": options.checkpoint,
+        "steps": agent.steps,
+        "deterministic": not options.stochastic,
+        "returns": result.returns,
+        "normalized": agent.normalized(result.returns),
+        "risk": {str(p): _at_risk(result, p) for p in options.risk},
+        "lengths": result.lengths,
+        "seeds": result.seeds,
+    }
+
+
+def _show(agent: Any, options: Eval, result: Evaluation, split: str = "") -> None:
+    """Print the returns."""
+    kind = "stochastic" if options.stochastic else "deterministic"
     print(
         f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint at {agent.steps:,} steps, "
-        f"{episodes} {kind} episodes{split}"
+        f"{len(result.returns)} {kind} episodes{split}"
     )
     low, middle, high = np.quantile(result.returns, (0.0, 0.5, 1.0))
     print(f"  mean {result.mean:.2f}, standard deviation over episodes {result.std:.2f}")
@@ -132,13 +176,6 @@ def main(words: list[str]) -> int:
     best = _best(agent, options)
     if best:
         print(best)
-    if inventory is not None and figures is not None:
-        print("\n".join(inventory_cli.lines(figures, inventory.simulator)))
-        inventory_cli.draw(inventory, plot, f"{agent.method} on {agent._env_name()}, {options.checkpoint} checkpoint")
-        print(f"Picture: {plot}")
-    elif why:
-        print(f"  no cost per store and period: {why}")
-    return 0
 
 
 def _at_risk(result: Evaluation, level: float) -> dict[str, float]:

@@ -62,6 +62,8 @@ def test_the_clamp_of_a_log_ratio_is_in_one_place(path):
 @pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
 def test_imports(path):
     allowed = set(sys.stdlib_module_names) | {"torch"}
+    if path.name in ("distribution.py", "functional.py"):  # laws in fractions are object arrays
+        allowed.add("numpy")
     for node in ast.walk(ast.parse(path.read_text())):
         modules = []
         if isinstance(node, ast.Import):
