@@ -16,8 +16,9 @@ DIFFERS = (
     "rate falls as a cosine; the paper's is constant. Patience is off, and counted in updates. Where orders are of "
     "whole units, policies are chosen by rounded orders, as they are compared; the released code chooses by unrounded "
     "ones. An epoch leaves out what does not fill a batch. float32 throughout; the tables were made in bfloat16. "
-    "--preset paper has the paper's set, schedule and patience for problems of one store, --preset real the batch and "
-    "widths for recorded sales."
+    "Networks count stock and orders in mean demands (order_units), the paper's in raw units. --preset paper has the "
+    "paper's set, schedule, patience and units for problems of one store, --preset real the batch, widths and units "
+    "for recorded sales."
 )
 
 
@@ -73,10 +74,10 @@ class HDPOSettings:
         # of one store; 500 epochs without improvement, looked at every tenth, of four batches each
         "paper": {
             "scenarios": 32768, "batch_size": 8192, "dev_scenarios": 32768, "dev_every": 40, "schedule": "constant",
-            "patience": 2000, "restarts": 3,
+            "patience": 2000, "restarts": 3, "order_units": "raw",
         },
         # of recorded sales in 21 stores
-        "real": {"batch_size": 72, "hidden": (64, 64), "graph_width": 64, "order_bound": 10.0},
+        "real": {"batch_size": 72, "hidden": (64, 64), "graph_width": 64, "order_bound": 10.0, "order_units": "raw"},
     }  # fmt: skip
 
     policy: str = "vanilla"

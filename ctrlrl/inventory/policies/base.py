@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +39,15 @@ class InventoryPolicyConfig:
 
     hidden: tuple[int, ...] = (32, 32, 32)
     """Widths of the hidden layers of vanilla and data_driven networks."""
+    order_units: Literal["demand", "raw"] = "demand"
+    """What networks count stock and orders in: the mean demand of a store in a period, or one, as in the paper."""
     graph_width: int = 32
     """Width of every layer of the graph network and of the symmetry-aware one."""
     graph_rounds: int | None = None
     """Rounds of passing messages; None: as many as links follow one another before a store, less one (at least 1)."""
     graph_bias: float | None = None
-    """Of the last layer of the graph network: about what it sends along each link before it has learned. None: 5, or 1
-    where it sees past demand."""
+    """Of the last layer of the graph network: about what it sends along each link before it has learned. None: 1; in
+    raw units 5, but for 1 where it sees past demand."""
     graph_slots: int | None = None
     """Slots of a place's inventory that the graph network reads; None: those of its network. More let the same weights
     run on networks with longer lead times."""
@@ -100,6 +103,48 @@ class InventoryPolicy(nn.Module, ABC):
     @abstractmethod
     def forward(self, view: View) -> Tensor:
         """[B, E] to send along each link: not negative, no more than there is."""
+
+
+class Seen(NamedTuple):
+    """A view in other units of stock; see View."""
+
+    inventory: Tensor
+    holding_cost: Tensor
+    unmet_cost: Tensor
+    past: Tensor | None
+    time: Tensor | None
+    future: Tensor | None
+
+
+class NetworkPolicy(InventoryPolicy):
+    """A neural network, which counts stock, demand and orders in units of the mean demand of a store.
+
+    The paper's networks see raw numbers. Half of their starts on the plainest problem, one store whose demand is 5,
+    end at an order that never changes; in units of demand they are at the optimum within a hundred updates.
+
+    Attributes:
+        demand: As it was given, in these units.
+        unit: What one of them is.
+    """
+
+    def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
+        mean = float(demand.mean.mean())
+        unit = mean if config.order_units == "demand" and mean > 0.0 else 1.0
+        super().__init__(network, dataclasses.replace(demand, mean=demand.mean / unit, std=demand.std / unit), config)
+        self.unit = unit
+
+    @abstractmethod
+    def orders(self, view: View) -> Tensor:
+        """What ``forward`` gives, in units of demand for a view in these."""
+
+    def forward(self, view: View) -> Tensor:
+        """[B, E], see InventoryPolicy."""
+        unit = self.unit
+        if unit == 1.0:
+            return self.orders(view)
+        past, future = (None if x is None else x / unit for x in (view.past, view.future))
+        seen = Seen(view.inventory / unit, view.holding_cost, view.unmet_cost, past, view.time, future)
+        return self.orders(seen) * unit
 
 
 def inverse_softplus(value: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ctrlrl.inventory.allocation import Fan
-from ctrlrl.inventory.policies.base import Demanded, InventoryPolicy, InventoryPolicyConfig, register
+from ctrlrl.inventory.policies.base import Demanded, InventoryPolicyConfig, NetworkPolicy, register
 from ctrlrl.inventory.policies.vanilla import filled_slots
 from ctrlrl.inventory.problem import Network, View
 from ctrlrl.nets.mlp import mlp
 
 
 @register
-class DataDriven(InventoryPolicy):
+class DataDriven(NetworkPolicy):
     """A multilayer perceptron (ELU) on inventories, past demand, costs, lead times and features of the period.
 
     Its outputs are wishes, one for each link, through softplus with a first bias of 1; warehouses share out what they
@@ -29,6 +29,7 @@ class DataDriven(InventoryPolicy):
 
     def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
         super().__init__(network, demand, config)
+        demand = self.demand
         stores, links = len(network.stores), len(network.targets)
         slots, places = filled_slots(network), stores + len(network.warehouses)
         inputs = len(slots) + places + stores + links + demand.window * stores + demand.features
@@ -39,8 +40,8 @@ class DataDriven(InventoryPolicy):
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("lead_times", torch.tensor([network.lead_times], dtype=torch.float32), persistent=False)
 
-    def forward(self, view: View) -> Tensor:
-        """[B, E], see InventoryPolicy."""
+    def orders(self, view: View) -> Tensor:
+        """[B, E], see NetworkPolicy."""
         seen = [view.inventory.flatten(1).index_select(1, self.slots), view.holding_cost, view.unmet_cost]
         seen += [self.lead_times]
         seen += [view.past.flatten(1)] if view.past is not None else []

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ctrlrl.inventory.allocation import Fan, full, proportional
 from ctrlrl.inventory.graph import Graph
-from ctrlrl.inventory.policies.base import Demanded, InventoryPolicy, InventoryPolicyConfig, PolicyError, register
+from ctrlrl.inventory.policies.base import Demanded, InventoryPolicyConfig, NetworkPolicy, PolicyError, register
 from ctrlrl.inventory.problem import Network, View
 
 _LOG2_E = 1.0 / math.log(2.0)
@@ -19,7 +19,7 @@ _LARGE = 2**16  # elements, from which on it pays to call a function of our own
 
 
 @register
-class GraphPolicy(InventoryPolicy):
+class GraphPolicy(NetworkPolicy):
     """Places tell one another, along the links, what they have and need; then each link says what it wants to carry.
 
     Every function below is a network of two hidden layers, the same for all places and links, with ELU behind each
@@ -53,6 +53,7 @@ class GraphPolicy(InventoryPolicy):
 
     def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
         super().__init__(network, demand, config)
+        demand = self.demand
         self.slots = network.slots if config.graph_slots is None else config.graph_slots
         if self.slots < network.slots:
             raise PolicyError(f"graph_slots={self.slots} is below the longest lead time, {network.slots}")
@@ -70,10 +71,11 @@ class GraphPolicy(InventoryPolicy):
         self.update_edge = Layers(3 * width, width)
         self.output, self.wish = Layers(width, width, depth=2), nn.Linear(width, 1)
         bias = config.graph_bias
-        nn.init.constant_(self.wish.bias, (1.0 if self.seen else 5.0) if bias is None else bias)
+        first = 1.0 if self.seen or config.order_units == "demand" else 5.0
+        nn.init.constant_(self.wish.bias, first if bias is None else bias)
 
-    def forward(self, view: View) -> Tensor:
-        """[B, E], see InventoryPolicy."""
+    def orders(self, view: View) -> Tensor:
+        """[B, E], see NetworkPolicy."""
         # First layers are multiplied part by part: W [a, b] = W_a a + W_b b. What a place says to many links is then
         # worked out once, before they look it up. In the last round, edges of demand have nothing more to say.
         graph, width = self.graph, self.config.graph_width

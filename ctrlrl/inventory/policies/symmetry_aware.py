@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ctrlrl.inventory.allocation import Fan
-from ctrlrl.inventory.policies.base import Demanded, InventoryPolicy, InventoryPolicyConfig, PolicyError, register
+from ctrlrl.inventory.policies.base import Demanded, InventoryPolicyConfig, NetworkPolicy, PolicyError, register
 from ctrlrl.inventory.policies.vanilla import filled_slots
 from ctrlrl.inventory.problem import Network, View
 from ctrlrl.nets.mlp import mlp
 
 
 @register
-class SymmetryAware(InventoryPolicy):
+class SymmetryAware(NetworkPolicy):
     """Weights shared by all stores, and by all warehouses.
 
     - Context: ``sigmoid`` of a network on everything that changes: all inventories, past demand, the period's features.
@@ -44,6 +44,7 @@ class SymmetryAware(InventoryPolicy):
 
     def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
         super().__init__(network, demand, config)
+        demand = self.demand
         stores = len(network.stores)
         ends = list(enumerate(zip(network.sources, network.targets, strict=True)))
         if any(source >= 0 and target >= stores for _, (source, target) in ends):
@@ -79,8 +80,8 @@ class SymmetryAware(InventoryPolicy):
         self.store = nn.Sequential(mlp(store, (width, width), "elu"), nn.Linear(width, 1))
         self.warehouse = nn.Sequential(mlp(supply, (width, width), "elu"), nn.Linear(width, 1))
 
-    def forward(self, view: View) -> Tensor:
-        """[B, E], see InventoryPolicy."""
+    def orders(self, view: View) -> Tensor:
+        """[B, E], see NetworkPolicy."""
         inventory, batch = view.inventory, len(view.inventory)
         time = [] if view.time is None else [view.time.expand(batch, -1)]
         changing = [inventory.flatten(1).index_select(1, self.slots), *time]

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ctrlrl.inventory.allocation import Fan, softmax
-from ctrlrl.inventory.policies.base import Demanded, InventoryPolicy, InventoryPolicyConfig, register
+from ctrlrl.inventory.policies.base import Demanded, InventoryPolicyConfig, NetworkPolicy, register
 from ctrlrl.inventory.problem import Network, View
 from ctrlrl.nets.mlp import mlp
 
 
 @register
-class Vanilla(InventoryPolicy):
+class Vanilla(NetworkPolicy):
     """A multilayer perceptron (ELU) on the raw inventories, with an output ``o`` for each link.
 
     - Supplier to store: ``softplus(o + 1)``.
@@ -33,6 +33,7 @@ class Vanilla(InventoryPolicy):
 
     def __init__(self, network: Network, demand: Demanded, config: InventoryPolicyConfig) -> None:
         super().__init__(network, demand, config)
+        demand = self.demand
         links, stores = len(network.targets), len(network.stores)
         slots = filled_slots(network)
         self.body = mlp(len(slots), config.hidden, "elu")
@@ -45,8 +46,8 @@ class Vanilla(InventoryPolicy):
         self.register_buffer("to_store", torch.tensor(network.targets) < stores, persistent=False)
         self.register_buffer("bound", config.order_bound * demand.mean.sum(), persistent=False)
 
-    def forward(self, view: View) -> Tensor:
-        """[B, E], see InventoryPolicy."""
+    def orders(self, view: View) -> Tensor:
+        """[B, E], see NetworkPolicy."""
         out = self.head(self.body(view.inventory.flatten(1).index_select(1, self.slots)))
         order = torch.where(self.to_store, softplus(out + 1.0), out.sigmoid() * self.bound)
         if not len(self.stay):

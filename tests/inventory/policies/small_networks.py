@@ -67,9 +67,10 @@ def demanded(network, mean=5.0, std=2.0, **more):
 
 
 def make(name, network, demand=None, **settings):
-    """A policy with settings of InventoryPolicyConfig; the seed is fixed."""
+    """A policy with settings of InventoryPolicyConfig; the seed is fixed, units are raw, as in the paper's formulas."""
     torch.manual_seed(0)
-    return build(name, network, demand or demanded(network), InventoryPolicyConfig(**settings))
+    config = InventoryPolicyConfig(**{"order_units": "raw"} | settings)
+    return build(name, network, demand or demanded(network), config)
 
 
 def simulator(network, mean=5.0, std=2.0, **more):

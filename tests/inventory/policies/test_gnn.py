@@ -87,9 +87,9 @@ def view_of(network: Network, batch: int = 5, seed: int = 0, window: int = 0, fe
 
 
 def policy_of(network: Network, seed: int = 0, *, window: int = 0, features: int = 0, **config):
-    """Its last bias is 1, so that weights matter more than they do at the start."""
+    """Its last bias is 1, so that weights matter more than they do at the start; units are raw."""
     torch.manual_seed(seed)
-    settings = InventoryPolicyConfig(**{"graph_width": 8, "graph_bias": 1.0} | config)
+    settings = InventoryPolicyConfig(**{"graph_width": 8, "graph_bias": 1.0, "order_units": "raw"} | config)
     return build("gnn", network, demanded(network, window=window, features=features), settings)
 
 
