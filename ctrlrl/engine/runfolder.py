@@ -41,7 +41,7 @@ TENSORBOARD, CHECKPOINTS = "tb", "checkpoints"
 
 _KNOWN = {
     CONFIG, VERSIONS, METRICS, EVALUATIONS, TENSORBOARD, CHECKPOINTS, "wandb", "videos", "exports", "robust.json",
-    "robust.png",
+    "robust.png", "inventory.png", "law.png",
 }  # fmt: skip
 _PACKAGES = (
     "ctrlrl", "torch", "numpy", "gymnasium", "mujoco", "envpool", "safetensors", "scipy", "pandas",
