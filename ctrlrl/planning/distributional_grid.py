@@ -212,7 +212,8 @@ def _laws(
 
     zero, error = shared(np.zeros(1))
     moved = [shared(r + gamma * atoms) for r in rewards]
-    laws = np.repeat(zero, steps[0][1].shape[0], axis=0)
+    rows: int = steps[0][1].get_shape()[0]
+    laws = np.repeat(zero, rows, axis=0)
     for _ in range(sweeps):
         laws = total_of(m @ (laws @ moved[k][0]) for k, m in steps)
     return laws, max(error, *(e for _, e in moved))

@@ -157,10 +157,13 @@ def _row(outcomes: Iterable[Any], s: int, a: int, states: int) -> tuple[Outcome,
 
 
 def _start(start: Any, states: int) -> tuple[tuple[Any, int], ...]:
-    if isinstance(start, Integral) and 0 <= int(start) < states:
+    wrong = ValueError(f"start={start!r}; expected a state from 0 to {states - 1} or probabilities [{states}]")
+    if isinstance(start, Integral):
+        if not 0 <= int(start) < states:
+            raise wrong
         return ((1, int(start)),)
     if np.shape(start) != (states,):
-        raise ValueError(f"start={start!r}; expected a state from 0 to {states - 1} or probabilities [{states}]")
+        raise wrong
     found = [(_number(p, "start"), s) for s, p in enumerate(start)]
     if min(p for p, _ in found) < 0 or abs(sum(p for p, _ in found) - 1) > SUM_TOLERANCE:
         raise ValueError("start: expected probabilities >= 0 that sum to one")
