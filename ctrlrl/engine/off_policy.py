@@ -106,12 +106,12 @@ class OffPolicyAgent(TransitionAgent):
 
     def _check_online(self) -> None:
         own = type(self.algorithm)
-        if self.config.start_from is not None and "box" not in own.capabilities:
-            raise ConfigError(f"start_from: offline methods act in Box spaces, {self.method} cannot go on with theirs")
         if issubclass(own, OfflineAlgorithm) and own.columns is not OfflineAlgorithm.columns:
             raise ConfigError(
                 f"{self.method} learns from columns that only recorded data has: it cannot go on in an environment"
             )
+        if self.config.start_from is not None and "box" not in own.capabilities:
+            raise ConfigError(f"start_from: offline methods act in Box spaces, {self.method} cannot go on with theirs")
 
     # -- training -----------------------------------------------------------------------------
 

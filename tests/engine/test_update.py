@@ -73,7 +73,7 @@ def test_equals_a_plain_torch_loop_with_adam_and_clip_grad_norm():
 
 
 @pytest.mark.skipif(not compiler_available(), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("name", ["ppo", "bpo", "mdpo"])
+@pytest.mark.parametrize("name", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bpo", "mdpo"))])
 def test_compiled_agrees_with_eager(name):
     settings = {"epochs": 2} if name == "mdpo" else {"batch_size": 32, "epochs": 2, "target_kl": 0.5}
     settings |= {"value_batch_size": 48} if name == "mdpo" else {}

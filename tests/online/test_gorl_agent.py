@@ -19,7 +19,13 @@ from ctrlrl.run import cli
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"collect_with": "best", "eval_every": 40, "eval_episodes": 1, "later_eps": 0.3}]
+    "settings",
+    [
+        {},
+        pytest.param(
+            {"collect_with": "best", "eval_every": 40, "eval_episodes": 1, "later_eps": 0.3}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_run_stopped_in_any_phase_goes_on_as_if_it_had_not_been(tmp_path, settings):
     common = {"checkpoint_every": 1, "refine_epochs": 12, "refine_patience": 50, "refine_steps": 320, "n_steps": 8}

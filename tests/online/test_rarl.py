@@ -80,6 +80,7 @@ def test_one_turn_of_every_so_many_is_the_adversarys_and_ends_with_its_actor(eve
     assert moved == cycle * 2
 
 
+@pytest.mark.slow
 def test_in_a_game_with_a_saddle_both_players_find_their_side():
     """a = .24, u = -.32. Alone the protagonist would play .4; a friendly 'adversary' would be at 1."""
     agent = api.make(
