@@ -24,6 +24,8 @@ FEW = 25
 """Returns up to which each has a bar; more are drawn as distribution functions."""
 COLUMNS = 40
 """Steps or states that are shown at most; of states those that the policy visits most."""
+RARE = 1e-3
+"""Probability below which neither a return nor a (state, stock) is shown: it would stretch the axes."""
 PAIRS = 20_000
 """(state, stock) that are followed at most to see where a policy goes."""
 
@@ -54,7 +56,8 @@ class Chart(NamedTuple):
 def chart_of(answer: Answer) -> Chart:
     """The actions of a plan: by step and stock where it only ever meets one state; else by state and stock at the step
     where it meets most pairs of them."""
-    met = _visited(answer)
+    met = [{pair: p for pair, p in by_pair.items() if p >= RARE} for by_pair in _visited(answer)]
+    met = met[: next((t for t, by_pair in enumerate(met) if not by_pair), len(met))]
     states = {s for by_pair in met for s, _ in by_pair}
     if len(states) == 1:
         (only,) = states
@@ -143,7 +146,10 @@ def picture(laws: Mapping[str, Law], title: str, chart: Chart | None = None, goa
 
 
 def _laws(axes: Any, laws: Mapping[str, Law], goal: float | None) -> None:
+    low = min(float(law.quantile(RARE)) for law in laws.values())
+    high = max(float(law.quantile(1 - RARE)) for law in laws.values())
     points = np.unique(np.concatenate([law.atoms.astype(float) for law in laws.values()]))
+    points = points[(points >= low) & (points <= high)]
     few = len(points) <= FEW
     if len(points) > 1 and few:
         few = np.diff(points).min() > (points[-1] - points[0]) / 100  # or bars would be lines
@@ -153,10 +159,13 @@ def _laws(axes: Any, laws: Mapping[str, Law], goal: float | None) -> None:
         atoms, p = law.atoms.astype(float), law.probabilities.astype(float)
         label = f"{name}, mean {short(float(p @ atoms))}"
         if few:
+            atoms, p = atoms[(atoms >= low) & (atoms <= high)], p[(atoms >= low) & (atoms <= high)]
             axes.bar(atoms + (k - (len(laws) - 1) / 2) * width, p, width, color=colour, label=label)
         else:
             x = np.concatenate([[points[0]], atoms, [points[-1]]])
             axes.step(x, np.concatenate([[0.0], p.cumsum(), [1.0]]), color=colour, ls=style, where="post", label=label)
+    if not few:
+        axes.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     if goal is not None:
         axes.axvline(goal, color=_INK, lw=1.0, ls="--", label=f"goal {short(goal)}")
     axes.set_xlabel("return")

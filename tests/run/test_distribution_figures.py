@@ -53,6 +53,16 @@ def test_worlds_of_many_states_are_drawn_where_the_policy_spreads_most():
     assert sum(p for _, _, p in chart.visits) <= 1.0 + 1e-9 and {r.action for r in chart.runs} <= set(range(4))
 
 
+def test_what_hardly_ever_happens_does_not_stretch_the_axes():
+    chart = figures.chart_of(answer("cvar", "ctrlrl/RiskyGrid-v0", tau=0.1, engine="lattice", horizon=15))
+    assert min(p for _, _, p in chart.visits) >= figures.RARE
+    law = Law.of([-1000.0, *range(-40, 1)], [1e-6, *[(1 - 1e-6) / 41] * 41])
+    figure = figures.Figure()
+    axes = figure.subplots()
+    figures._laws(axes, {"exact": law}, None)
+    assert axes.get_xlim() == pytest.approx((-40.8, 0.8))
+
+
 def test_stocks_that_make_no_difference_are_one_run():
     chart = figures.chart_of(answer("mean", engine="lattice"))
     assert {run.action for run in chart.runs} == {RISK} and len(chart.runs) == 3
