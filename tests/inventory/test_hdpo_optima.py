@@ -33,7 +33,7 @@ def test_a_network_comes_within_a_quarter_percent_of_the_optimum_where_demand_is
     agent = ctrlrl.HDPO(
         "ctrlrl/OneStoreLost-v0", env_kwargs={"lead_time": 4, "unmet_cost": 9.0}, policy="vanilla", hidden=(32, 32),
         batch_size=512, learning_rate=5e-3, eval_every=None,
-    ).learn(3000, root=None, progress=False)  # fmt: skip
+    ).learn(1500, root=None, progress=False)  # fmt: skip
     solution = lost_sales_store(5.0, 1.0, 9.0, 4)
 
     def optimal(view):
