@@ -97,13 +97,11 @@ class TrainOffline:
 
 
 @dataclass(frozen=True)
-class TrainSimulated:
-    """Whose simulator to train in, and how long."""
+class TrainAlone:
+    """What methods with a way of their own through an environment take."""
 
     env: str
-    """Gymnasium id, for example ctrlrl/OneStoreLost-v0."""
-    steps: int = 2_000
-    """Updates."""
+    """Gymnasium id."""
     seed: int = 0
     """Seed of everything."""
     env_kwargs: str = "{}"
@@ -121,25 +119,23 @@ class TrainSimulated:
 
 
 @dataclass(frozen=True)
-class TrainPlanned:
+class TrainSimulated(TrainAlone):
+    """Whose simulator to train in, and how long."""
+
+    env: str
+    """Gymnasium id, for example ctrlrl/OneStoreLost-v0."""
+    steps: int = 2_000
+    """Updates."""
+
+
+@dataclass(frozen=True)
+class TrainPlanned(TrainAlone):
     """Whose transition table to plan on."""
 
     env: str
     """Gymnasium id, for example ctrlrl/Ladder-v0 or FrozenLake-v1."""
     seed: int = 0
     """Seed of evaluations; planning has no chance in it."""
-    env_kwargs: str = "{}"
-    """Keyword arguments of the environment, as JSON."""
-    preset: str | None = None
-    """Named settings of the method (ctrlrl list methods shows them); other flags override it."""
-    root: Path = Path("runs")
-    """Folder under which the run's folder is made."""
-    tags: Literal["sb3", "cleanrl", "rsl_rl"] = "sb3"
-    """Whose names TensorBoard and wandb show."""
-    wandb: str | None = None
-    """Also log to this Weights & Biases project (extra: ctrlrl[wandb])."""
-    quiet: bool = False
-    """No progress display."""
 
 
 @dataclass(frozen=True)
